@@ -1,0 +1,176 @@
+"""Writes the README's tables from the code and from benchmarks/results/.
+
+    python docs/generate_tables.py            # rewrite README.md
+    python docs/generate_tables.py --check    # exit with 1 if it would change
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. No number or name in those
+tables is written by hand, so that none can outlive the code or the run it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest, mypy and build bring it to Python 3.10
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PYPROJECT = ROOT / "pyproject.toml"
+RESULTS = ROOT / "benchmarks" / "results"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table; a `|` inside a cell is escaped."""
+
+    def line(cells: Iterable[object]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(columns), line("---" for _ in columns), *map(line, rows)])
+
+
+def first_line(thing: object) -> str:
+    """The first paragraph of a docstring on one line, which is what a reader of a table has room for."""
+    doc = inspect.getdoc(thing)
+    if not doc:
+        raise SystemExit(f"{thing!r} has no docstring, and the README's table needs its first line")
+    return " ".join(doc.split("\n\n")[0].split())
+
+
+def targets() -> str:
+    """What `optimize(target=...)` takes, from the entry points of this distribution's own pyproject.toml."""
+    from accelkit import plugins
+
+    rows = []
+    for name in own_entries(plugins.BACKENDS):
+        backend = plugins.find(plugins.BACKENDS, name)
+        rows.append((f"`{name}`", f"`{backend.__name__}`", first_line(backend)))
+    return markdown_table(("target", "class", "what it does"), rows)
+
+
+def passes() -> str:
+    """The standard passes: those of the default pipeline in its order, then the others."""
+    from accelkit_passes import DEFAULT
+
+    from accelkit import plugins
+
+    order = [entry.name for entry in DEFAULT]
+    others = [name for name in own_entries(plugins.PASSES) if name not in order]
+    rows = []
+    for name in [*order, *others]:
+        cls = plugins.find(plugins.PASSES, name)
+        rows.append((order.index(name) + 1 if name in order else "", f"`{name}`", first_line(cls)))
+    return markdown_table(("default order", "pass", "what it does"), rows)
+
+
+def precisions() -> str:
+    """What `optimize(precision=...)` takes."""
+    from accelkit.precision import Precision
+
+    rows = [(f"`{p.name}`", f"`{p.dtype}`", p.description) for p in Precision.known.values()]
+    return markdown_table(("precision", "dtype inside", "what it means"), rows)
+
+
+def benchmarks(results: Path = RESULTS) -> str:
+    """One table per `benchmarks/results/<machine>/<name>.json` that holds a "table", each with its machine and date.
+
+    The contract with the benchmarks that write those files, keys of the JSON object:
+
+        "title":    str                         heading of the table
+        "machine":  str                         what it ran on, for a reader: "2 cores of AMD EPYC 9B14, 24 GiB"
+        "date":     str                         YYYY-MM-DD
+        "versions": {package: version}          those that bear on the numbers
+        "table":    {"columns": [str, ...], "rows": [[str | number | null, ...], ...]}
+                                                what the README shows; units stand in the column's name
+
+    Any other key is the benchmark's own. A file without "table" is not for the README. One with a table but without
+    the rest is an error: a number whose machine and date are unknown must not be shown.
+    """
+    parts = []
+    for path in sorted(results.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        if "table" not in result:
+            continue
+        missing = [key for key in ("title", "machine", "date", "versions") if not result.get(key)]
+        if missing:
+            raise SystemExit(f"{path}: has a table for the README, but lacks {', '.join(missing)}")
+        table = result["table"]
+        ragged = [row for row in table["rows"] if len(row) != len(table["columns"])]
+        if ragged:
+            raise SystemExit(f"{path}: a row of the table has other than {len(table['columns'])} cells: {ragged[0]}")
+        versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+        parts += [
+            f"**{result['title']}**",
+            markdown_table(table["columns"], (map(number, row) for row in table["rows"])),
+            f"{result['machine']}; {versions}; {result['date']}; from `{path.relative_to(results.parent.parent)}`.",
+        ]
+    return "\n\n".join(parts) or "No recorded run yet: `make bench` makes one."
+
+
+def number(value: Any) -> str:
+    """A cell of a benchmark table: floats with three significant digits, an absent value as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        digits = f"{value:.3g}"
+        return f"{value:.0f}" if "e+" in digits else digits
+    return str(value)
+
+
+def own_entries(group: str) -> list[str]:
+    """Names that this distribution registers in a group, in pyproject.toml's order; an installed plug-in adds no row."""
+    return list(tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][group])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "targets": targets,
+    "passes": passes,
+    "precisions": precisions,
+    "benchmarks": benchmarks,
+}
+
+
+def render(text: str) -> str:
+    """The text with every marked table made anew."""
+    absent = [name for name in TABLES if f"<!-- table: {name} -->" not in text]
+    if absent:
+        places = "add `<!-- table: NAME -->` and `<!-- end -->`"
+        raise SystemExit(f"README.md has no place for these tables: {', '.join(absent)}; {places}")
+
+    def fill(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"README.md asks for an unknown table {name!r}; known: {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[name]()}\n{match[4]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
+    check = parser.parse_args(arguments).check
+    before = README.read_text()
+    after = render(before)
+    if before == after:
+        return 0
+    if check:
+        print("README.md is out of date: run `make tables`", file=sys.stderr)
+        return 1
+    README.write_text(after)
+    print("README.md rewritten")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
