@@ -60,9 +60,8 @@ def targets() -> str:
 
 def passes() -> str:
     """The standard passes: those of the default pipeline in its order, then the others."""
-    from accelkit_passes import DEFAULT
-
     from accelkit import plugins
+    from accelkit_passes import DEFAULT
 
     order = [entry.name for entry in DEFAULT]
     others = [name for name in own_entries(plugins.PASSES) if name not in order]
@@ -128,7 +127,7 @@ def number(value: Any) -> str:
 
 
 def own_entries(group: str) -> list[str]:
-    """Names that this distribution registers in a group, in pyproject.toml's order; an installed plug-in adds no row."""
+    """Names that this distribution registers in a group, in pyproject.toml's order; a plug-in adds no row."""
     return list(tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][group])
 
 

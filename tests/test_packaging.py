@@ -111,7 +111,7 @@ def test_unknown_name_lists_the_known_and_says_to_repeat_an_editable_install() -
 
 
 def test_plugin_distribution_is_found_and_used(tmp_path: Path) -> None:
-    """The real thing, built and installed by pip; .ci/run does it again with accelkit's wheel instead of this checkout."""
+    """Built and installed by pip; .ci/run does it again with accelkit's wheel instead of this checkout."""
     site = tmp_path / "site"
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(site))
     run("-m", "pip", "install", *options, str(ROOT / "tests" / "plugin_dist"), cwd=tmp_path)

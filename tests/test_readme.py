@@ -46,7 +46,7 @@ def test_commands_are_targets_of_the_makefile() -> None:
     commands = set(re.findall(r"make (\w+)", README))
     assert {"demo", "test"} <= commands
     for command in commands:
-        assert re.search(rf"^{command}:", makefile, re.MULTILINE), f"README says `make {command}`, the Makefile has none"
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE), f"README says `make {command}`, not so the Makefile"
 
 
 def test_tables_are_those_of_the_code(tables: ModuleType) -> None:
