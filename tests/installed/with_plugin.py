@@ -7,6 +7,7 @@ import sys
 import torch
 
 import accelkit
+from accelkit import plugins
 from accelkit.testing import apply, graph_text, trace
 
 
@@ -32,7 +33,7 @@ assert "fuse_hard_sigmoid" in report, report
 assert "interpreter" in report, report
 print(report)
 
-fuse_hard_sigmoid = accelkit.plugins.find("accelkit.passes", "fuse_hard_sigmoid")()
+fuse_hard_sigmoid = plugins.find(plugins.PASSES, "fuse_hard_sigmoid")()
 graph = trace(model, x)
 assert len(apply(fuse_hard_sigmoid, graph).rewrites) == 2
 assert graph_text(graph).count("aten.hardsigmoid(") == 2
