@@ -1,0 +1,133 @@
+"""What a backend is: the public interface for backend authors.
+
+    graph + example inputs -> Engine, a callable on tensors that says what it really is
+
+A backend is an immutable value: a frozen dataclass whose fields are its options (`OnnxRuntime(threads=2)`), registered by one
+entry-point line in the group `accelkit.backends`. The graph it gets follows the rules of `accelkit.graph`: flat tensors in, a
+flat tuple of tensors out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from accelkit.pass_api import OnnxPass, _Pass
+from accelkit.pass_runner import PassRecord
+from accelkit.precision import FP32, Precision
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What an engine really is, read back from it and not from what was asked.
+
+    Attributes:
+        backend: the backend's name.
+        versions: name -> version of everything that made it and that it runs on.
+        precisions: precision name -> number of operators that really run in it; empty where the runtime cannot tell.
+        memory_bytes: bytes of weights that the engine holds itself, beside the model's own; None where unknown.
+        notes: sentences for the report.
+    """
+
+    backend: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, int] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Engine(ABC):
+    """A compiled graph. Calls may come from several threads at once; results never share memory between calls."""
+
+    @abstractmethod
+    def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Run. Inputs as the graph's placeholders, in order; outputs as the graph's, in order.
+
+        Runs on the caller's CUDA stream without synchronising. Inputs may be non-contiguous.
+        """
+
+    def serialize(self) -> dict[str, bytes]:
+        """What `Backend.load` needs to give the engine back without compiling; empty where it must be rebuilt."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> EngineFacts:
+        """What the engine really is."""
+
+
+@dataclass
+class CompileContext:
+    """What a compilation may use beside the graph.
+
+    Attributes:
+        precision: the precision asked for; the graph's dtypes already follow it.
+        onnx_passes: the pipeline's OnnxPass values, for backends that go through ONNX.
+        records: the ledger; a backend that runs passes appends their records.
+        progress: called with a few words when a new stage starts.
+    """
+
+    precision: Precision = FP32
+    onnx_passes: tuple[OnnxPass, ...] = ()
+    records: list[PassRecord] = field(default_factory=list)
+    progress: Callable[[str], None] = lambda stage: None
+
+
+class Backend(_Pass):
+    """A target. Subclasses are frozen dataclasses; `name` is the entry point's name.
+
+    Attributes:
+        precisions: names of the precisions it has.
+        devices: device types it runs on.
+        embeds_weights: whether an engine's serialised form contains the weights. False means `load` takes them from the graph,
+            so that one cache entry serves every set of weights, and an artifact holds them once.
+        description: one sentence for tables.
+    """
+
+    precisions: ClassVar[tuple[str, ...]] = ("fp32",)
+    devices: ClassVar[tuple[str, ...]] = ("cpu",)
+    embeds_weights: ClassVar[bool] = True
+    description: ClassVar[str] = ""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot run here and what to do about it (`pip install ...`), or None."""
+        return None
+
+    def versions(self) -> dict[str, str]:
+        """Versions (of packages, drivers, devices) that an engine depends on: part of the cache's key."""
+        return {"torch": torch.__version__}
+
+    def unsupported(self, node: fx.Node) -> str | None:
+        """Why this node must stay in PyTorch, or None. Pure: called many times, in any order."""
+        return None
+
+    @abstractmethod
+    def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
+        """Compile `graph`. `inputs` are examples of real values; dynamic dimensions are symbolic in the graph's metadata.
+
+        Must not change `graph`, nor keep it alive beyond what the engine needs.
+
+        Raises:
+            LoweringError: with `nodes` naming the culprits where they are known; lowering then retries without them.
+        """
+
+    def load(
+        self, blobs: Mapping[str, bytes], graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
+    ) -> Engine:
+        """The engine that `serialize` gave `blobs`; `graph` is the same graph that it was compiled from.
+
+        Raises:
+            LoweringError: the blobs do not fit this runtime; the caller compiles anew and says so.
+        """
+        return self.compile(graph, inputs, context)
+
+
+def options_of(backend: Backend) -> dict[str, Any]:
+    """A backend's options as plain data, for keys and reports."""
+    import dataclasses
+
+    return {f.name: repr(getattr(backend, f.name)) for f in dataclasses.fields(backend)}  # type: ignore[arg-type]

@@ -1,0 +1,363 @@
+"""The only file that knows how a graph is obtained.
+
+    nn.Module --torch.export (non-strict, no_grad, eval)--> ATen graph --flattened--> Program
+
+Composite operators (`linear`, `layer_norm`, `gelu`, `dropout`, `scaled_dot_product_attention`) stay one node; parameters are
+attributes that share the model's own tensors. In-place operators on intermediates are made functional; writes to the model's
+buffers or inputs are left as one `copy_` at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from accelkit import graph as graphs
+from accelkit.dims import Dim
+from accelkit.errors import CaptureError, InputError
+from accelkit.functionalize import remove_in_place_operators
+from accelkit.signature import Binder, Constant, Signature, TensorSpec, leaf_names
+from accelkit.twin import clone_inputs, eval_twin, no_fused_multi_head_attention, require_usable
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model: the flat graph, and how calls map to it.
+
+    Attributes:
+        graph: the accelkit graph (see accelkit.graph); parameters are shared with the model.
+        signature: how arguments become the graph's inputs, and its outputs the model's.
+        exported: the torch.export program that it came from, for artifacts.
+        inputs: the example inputs' tensors (the caller's own), in the graph's order.
+    """
+
+    graph: fx.GraphModule
+    signature: Signature
+    exported: torch.export.ExportedProgram
+    inputs: tuple[torch.Tensor, ...]
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> Program:
+    """Capture `model` for a call with these arguments.
+
+    Args:
+        model: any module; it is not changed, and its parameters are shared.
+        args, kwargs: an example call.
+        dynamic_shapes: per input (by the name of forward's parameter, or in their order) and dimension, a Dim:
+            `{"input_ids": {0: Dim("batch", max=64)}}`. Dimensions that are not named are fixed to the example's sizes.
+
+    Raises:
+        InputError: arguments or dynamic_shapes that do not fit the model's forward.
+        CaptureError: torch.export refuses the model; the message says where and why.
+    """
+    twin = eval_twin(require_usable(model))
+    binder = Binder.of(twin)
+    args, kwargs = binder.bind(args, kwargs)
+    dims = _dims_by_leaf(binder, args, kwargs, dynamic_shapes)
+    example = _widened((args, kwargs), dims)
+    exported = _export(twin, example, dims)
+    tensors = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    return from_exported(exported, binder, (args, kwargs), dims, tensors)
+
+
+def from_exported(
+    exported: torch.export.ExportedProgram,
+    binder: Binder,
+    canonical: Any,
+    dims: dict[int, dict[int, Dim]],
+    tensors: tuple[torch.Tensor, ...],
+) -> Program:
+    """The Program of a torch.export program whose example call was `canonical` (args, kwargs)."""
+    graph = exported.module()
+    assert isinstance(graph, fx.GraphModule)
+    _erase_checks(graph)
+    leaves, in_spec = pytree.tree_flatten(canonical)
+    out_spec = _out_spec(graph)
+    inputs = _flatten_inputs(graph, leaves, leaf_names(canonical))
+    outputs, results = _flatten_outputs(graph)
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph = fx.GraphModule(
+        graph, graph.graph, type(graph).__name__
+    )  # without export's input hooks and unused attributes
+    graph.graph.lint()
+    ranges = {str(symbol): _bounds(r) for symbol, r in exported.range_constraints.items()}
+    named = _symbol_names(inputs, dims)
+    for symbol, dim in named.items():
+        ranges[symbol] = (dim.min, dim.max)
+    signature = Signature(
+        binder, in_spec, inputs, out_spec, outputs, results, ranges, {s: d.name for s, d in named.items()}
+    )  # fmt: skip
+    return Program(graph, signature, exported, tensors)
+
+
+# --- exporting
+
+
+def _export(twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]]) -> torch.export.ExportedProgram:
+    args, kwargs = clone_inputs(example)
+    shapes = _dynamic_shapes(example, dims)
+    try:
+        with torch.no_grad(), no_fused_multi_head_attention(), _quiet():
+            exported = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if not remove_in_place_operators(exported.graph_module.graph):
+                exported = torch.export.export(
+                    twin, args, kwargs, dynamic_shapes=shapes, strict=False
+                ).run_decompositions({})
+    except Exception as error:
+        raise CaptureError(_refusal(twin, error)) from error
+    return exported
+
+
+def _refusal(twin: nn.Module, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    where = _user_frame(error)
+    return (
+        f"torch.export cannot capture {type(twin).__name__}{where}: {type(error).__name__}: {lines[0] if lines else ''}"
+        f"{' ' + lines[1] if len(lines) > 1 else ''}"
+    )
+
+
+def _user_frame(error: BaseException) -> str:
+    # The innermost frame outside torch is the user's line that export could not follow.
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if not module.startswith(("torch.", "accelkit.", "contextlib", "sympy")) and module != "torch":
+            found = trace
+        trace = trace.tb_next
+    return f" at {found.tb_frame.f_code.co_filename}:{found.tb_lineno}" if found else ""
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # Export logs its own refusals at length; ours repeat what matters.
+    logger = logging.getLogger("torch.export")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# --- dynamic dimensions
+
+
+def _dims_by_leaf(
+    binder: Binder, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
+) -> dict[int, dict[int, Dim]]:
+    """For each leaf of canonical (args, kwargs), by its index: dimension -> Dim."""
+    if dynamic_shapes is None:
+        return {}
+    if isinstance(dynamic_shapes, (tuple, list)):
+        names = [name for name, kind, _ in binder.parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+        if len(dynamic_shapes) > len(names):
+            raise InputError(
+                f"dynamic_shapes has {len(dynamic_shapes)} entries, forward takes {len(names)} inputs: {names}"
+            )
+        dynamic_shapes = dict(zip(names, dynamic_shapes, strict=False))
+    if not isinstance(dynamic_shapes, dict):
+        raise InputError(f"dynamic_shapes must be a dict by input name or a tuple, not {type(dynamic_shapes).__name__}")
+    leaves = leaf_names((args, kwargs))
+    values = pytree.tree_leaves((args, kwargs))
+    found: dict[int, dict[int, Dim]] = {}
+    for name, spec in dynamic_shapes.items():
+        for path, dimensions in _named_specs(name, spec):
+            if path not in leaves:
+                raise InputError(f"dynamic_shapes names {path!r}, but the example's inputs are {', '.join(leaves)}")
+            index = leaves.index(path)
+            found[index] = _checked(path, dimensions, values[index])
+    return found
+
+
+def _named_specs(path: str, spec: Any) -> Iterator[tuple[str, dict[int, Dim]]]:
+    if spec is None:
+        return
+    if isinstance(spec, dict) and all(isinstance(k, int) for k in spec):
+        yield path, {k: v for k, v in spec.items() if v is not None}
+    elif isinstance(spec, (tuple, list)) and all(isinstance(v, (Dim, type(None))) for v in spec):
+        yield path, {k: v for k, v in enumerate(spec) if v is not None}
+    elif isinstance(spec, dict):
+        for key, value in spec.items():
+            yield from _named_specs(f"{path}[{key!r}]", value)
+    elif isinstance(spec, (tuple, list)):
+        for key, value in enumerate(spec):
+            yield from _named_specs(f"{path}[{key}]", value)
+    else:
+        raise InputError(f"dynamic_shapes[{path!r}] must be a dict of dimension to accelkit.Dim, not {spec!r}")
+
+
+def _checked(path: str, dimensions: dict[int, Dim], value: Any) -> dict[int, Dim]:
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"dynamic_shapes[{path!r}] is for a tensor; the example has {type(value).__name__}")
+    checked = {}
+    for index, dim in dimensions.items():
+        if not isinstance(dim, Dim):
+            raise InputError(f"dynamic_shapes[{path!r}][{index}] must be an accelkit.Dim, not {dim!r}")
+        if not -value.dim() <= index < value.dim():
+            raise InputError(
+                f"dynamic_shapes[{path!r}] names dimension {index}, but {path} has {value.dim()}: {list(value.shape)}"
+            )
+        size = value.shape[index]
+        if size < dim.min or (dim.max is not None and size > dim.max):
+            raise InputError(f"the example's {path} has size {size} in dimension {index}, outside {dim}")
+        checked[index % value.dim()] = dim
+    return checked
+
+
+def resized(tree: Any, dims: dict[int, dict[int, Dim]], sizes: dict[str, int]) -> Any:
+    """The example with each dynamic dimension `name` grown or cut to sizes[name] (rows are repeated to grow)."""
+    leaves, spec = pytree.tree_flatten(tree)
+    for index, dimensions in dims.items():
+        for position, dim in dimensions.items():
+            if dim.name in sizes:
+                rows = torch.arange(sizes[dim.name], device=leaves[index].device) % leaves[index].shape[position]
+                leaves[index] = leaves[index].index_select(position, rows)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _widened(tree: Any, dims: dict[int, dict[int, Dim]]) -> Any:
+    # torch.export takes a size of 1 for a constant: capture a dynamic dimension at 2 or more, by repeating the example.
+    leaves = pytree.tree_leaves(tree)
+    sizes: dict[str, int] = {}
+    for index, dimensions in dims.items():
+        for position, dim in dimensions.items():
+            if leaves[index].shape[position] < 2 and (dim.max is None or dim.max >= 2):
+                sizes[dim.name] = max(2, dim.opt or 2)
+    return resized(tree, dims, sizes) if sizes else tree
+
+
+def _dynamic_shapes(example: Any, dims: dict[int, dict[int, Dim]]) -> Any:
+    if not dims:
+        return None
+    exported: dict[str, Any] = {}
+    leaves, spec = pytree.tree_flatten(example)
+    specs = []
+    for index, leaf in enumerate(leaves):
+        entry = {}
+        for position, dim in dims.get(index, {}).items():
+            if dim.max == dim.min:
+                continue  # a range of one size is a fixed dimension
+            if dim.name not in exported:
+                # torch.export specialises what may be 1: its range starts at 2 inside, and calls with 1 are checked by tests
+                exported[dim.name] = dim.exported()
+            entry[position] = exported[dim.name]
+        specs.append(entry if isinstance(leaf, torch.Tensor) else None)
+    args_spec, kwargs_spec = pytree.tree_unflatten(specs, spec)
+    return _by_parameter(args_spec, kwargs_spec)
+
+
+def _by_parameter(args_spec: tuple[Any, ...], kwargs_spec: dict[str, Any]) -> Any:
+    # torch.export wants one dict by parameter name where there are keywords, else a tuple.
+    if not args_spec:
+        return dict(kwargs_spec)
+    if not kwargs_spec:
+        return tuple(args_spec)
+    raise InputError(
+        "dynamic_shapes is not supported for a forward with both positional-only (or *args) and keyword inputs"
+    )
+
+
+# --- flattening
+
+
+def _erase_checks(graph: fx.GraphModule) -> None:
+    """Input guards and metadata assertions go: accelkit's own router checks inputs before the graph runs."""
+    for node in reversed(list(graph.graph.nodes)):
+        is_guard = node.op == "call_module" and node.target == "_guards_fn"
+        is_check = node.op == "call_function" and node.target in (
+            aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default,
+        )  # fmt: skip
+        if (is_guard or is_check) and not node.users:
+            graph.graph.erase_node(node)
+    if hasattr(graph, "_guards_fn"):
+        delattr(graph, "_guards_fn")
+
+
+def _out_spec(graph: fx.GraphModule) -> pytree.TreeSpec:
+    spec = graph.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    assert isinstance(spec, pytree.TreeSpec)
+    return spec
+
+
+def _flatten_inputs(graph: fx.GraphModule, leaves: list[Any], names: list[str]) -> tuple[TensorSpec | Constant, ...]:
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(leaves):
+        raise CaptureError(
+            f"torch.export gave {len(placeholders)} inputs for {len(leaves)} leaves ({', '.join(names)})"
+        )
+    specs: list[TensorSpec | Constant] = []
+    for node, leaf, name in zip(placeholders, leaves, names, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            specs.append(_tensor_spec(name, graphs.val(node)))
+            continue
+        if node.users:
+            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]
+        graph.graph.erase_node(node)
+        specs.append(Constant(name, leaf))
+    return tuple(specs)
+
+
+def _tensor_spec(name: str, fake: Any) -> TensorSpec:
+    shape = tuple(int(s) if isinstance(s, int) else str(s) for s in fake.shape)
+    return TensorSpec(name, fake.dtype, shape, fake.device.type)
+
+
+def _flatten_outputs(graph: fx.GraphModule) -> tuple[tuple[int | Constant, ...], tuple[TensorSpec, ...]]:
+    output = graph.graph.output_node()
+    (returned,) = output.args
+    leaves = list(returned) if isinstance(returned, (tuple, list)) else [returned]
+    nodes: list[fx.Node] = []
+    places: list[int | Constant] = []
+    for position, leaf in enumerate(leaves):
+        if not isinstance(leaf, fx.Node):
+            places.append(Constant(f"output {position}", leaf))
+            continue
+        if leaf not in nodes:
+            nodes.append(leaf)
+        places.append(nodes.index(leaf))
+    output.args = (tuple(nodes),)
+    results = []
+    for index, node in enumerate(nodes):
+        fake = graphs.val(node)
+        if isinstance(fake, torch.Tensor):
+            results.append(_tensor_spec(f"output {index}", fake))
+        else:  # a size that the model returns: an integer computed at run time
+            results.append(TensorSpec(f"output {index} (a size)", torch.int64, (), "cpu"))
+    return tuple(places), tuple(results)
+
+
+def _bounds(value_range: Any) -> tuple[int, int | None]:
+    import sympy
+
+    low, high = value_range.lower, value_range.upper
+    return (
+        int(low) if isinstance(low, (int, sympy.Integer)) else 0,
+        int(high) if isinstance(high, (int, sympy.Integer)) and int(high) < 2**62 else None,
+    )
+
+
+def _symbol_names(inputs: tuple[TensorSpec | Constant, ...], dims: dict[int, dict[int, Dim]]) -> dict[str, Dim]:
+    named: dict[str, Dim] = {}
+    for index, dimensions in dims.items():
+        spec = inputs[index]
+        for position, dim in dimensions.items():
+            if (
+                isinstance(spec, TensorSpec)
+                and isinstance(symbol := spec.shape[position], str)
+                and symbol.isidentifier()
+            ):
+                named.setdefault(symbol, dim)
+    return named
+
+
+__all__ = ["Program", "capture", "from_exported", "resized"]

@@ -1,0 +1,88 @@
+"""Takes in-place operators on intermediates out of a captured graph, one by one, leaving composite operators whole.
+
+    y = aten.relu_(x); uses of x and y after it  ->  y = aten.relu(x); all of them use y
+
+torch's own functionalisation decomposes `batch_norm`, `dropout` and others on the way, so it is the second choice: used only where
+the written memory is a view, a buffer or an input of the model.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from accelkit import graph as graphs
+
+
+def remove_in_place_operators(graph: fx.Graph) -> bool:
+    """Rewrite what is provably local; True when no mutating operator is left."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    families = _families(graph)
+    for node in list(graph.nodes):
+        if graphs.is_mutating(node):
+            written = node.args[0] if node.args else None
+            functional = _functional_overload(node)
+            if (
+                functional is None
+                or not isinstance(written, fx.Node)
+                or not _is_private(node, written, families, order)
+            ):
+                return False
+            node.target = functional
+            written.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: order[user] > order[at])  # type: ignore[misc]
+    return True
+
+
+def _functional_overload(node: fx.Node) -> torch._ops.OpOverload | None:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    written = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    name = target._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or written != [target._schema.arguments[0].name]:
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    functional = getattr(packet, target._overloadname, None)
+    if not isinstance(functional, torch._ops.OpOverload):
+        return None
+    ours = [(a.name, str(a.type)) for a in target._schema.arguments]
+    theirs = [
+        (a.name, str(a.type)) for a in functional._schema.arguments if not a.has_default_value() or a.name in dict(ours)
+    ]
+    return functional if ours == theirs else None
+
+
+def _families(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """For each node, the nodes whose results may share its memory."""
+    families: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        family = {node}
+        for parent in graphs.aliases(node):
+            family |= families[parent]
+        for member in family:
+            families[member] = family
+    return families
+
+
+def _is_private(
+    node: fx.Node, written: fx.Node, families: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int]
+) -> bool:
+    for member in families[written]:
+        if member.op in ("placeholder", "get_attr"):
+            return False
+        if member is written or _descends_in_place(member, written):
+            continue
+        if order[member] > order[node] or any(order[user] > order[node] for user in member.users):
+            return False
+    value, result = graphs.val(written), graphs.val(node)
+    # relu_(x) keeps x's dtype and shape; the functional form may promote or broadcast
+    return isinstance(value, torch.Tensor) and value.dtype == result.dtype and value.shape == result.shape
+
+
+def _descends_in_place(member: fx.Node, written: fx.Node) -> bool:
+    # the result of an in-place operator is the written tensor itself: its later uses are the point
+    while graphs.is_mutating(member) and isinstance(member.args[0], fx.Node):
+        member = member.args[0]
+        if member is written:
+            return True
+    return False

@@ -1,0 +1,212 @@
+"""Questions about accelkit's graphs, asked in one place: text, normalised arguments, metadata, mutation, aliasing.
+
+An accelkit graph is a flat torch.fx.GraphModule: placeholders are tensors; `get_attr` nodes are parameters, buffers and
+constants; `call_function` nodes are operator overloads (`aten`, `accelkit`, ...) or Python arithmetic on sizes; the output is
+one flat tuple. Every tensor node carries its fake tensor in `node.meta["val"]`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "b1",
+    torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def val(node: fx.Node) -> Any:
+    """The node's fake tensor (or size, or tuple of them); KeyError-free: None where it was never inferred."""
+    return node.meta.get("val")
+
+
+def attribute(graph: fx.GraphModule, target: str) -> Any:
+    """The parameter, buffer, constant or submodule that a get_attr target names."""
+    value: Any = graph
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def tensor_attributes(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+    """Each get_attr node that names a tensor, with the tensor."""
+    for node in graph.graph.find_nodes(op="get_attr"):
+        value = attribute(graph, str(node.target))
+        if isinstance(value, torch.Tensor):
+            yield node, value
+
+
+def set_attribute(graph: fx.GraphModule, hint: str, value: torch.Tensor) -> str:
+    """Register `value` as a new buffer under a free name that starts with `hint`; returns the name to use in get_attr."""
+    base = "".join(c if c.isalnum() else "_" for c in hint)
+    name, number = base, 0
+    while hasattr(graph, name):
+        number += 1
+        name = f"{base}_{number}"
+    graph.register_buffer(name, value)
+    return name
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any] | None:
+    """All arguments by their schema's names, defaults filled in; None for what is no operator overload.
+
+    `aten.layer_norm(x, [8], w, b)` gives {"input": x, "normalized_shape": [8], "weight": w, "bias": b, "eps": 1e-05, ...}.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if position < len(node.args) and not argument.kwarg_only:
+            bound[argument.name] = node.args[position]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether the node writes into one of its arguments."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether two runs of the node may differ (dropout that is on, rand, bernoulli, ...)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    bound = bound_arguments(node) or {}
+    if "train" in bound and isinstance(bound["train"], bool):
+        return bound["train"] and bound.get("p") != 0
+    if "dropout_p" in bound:
+        return bound["dropout_p"] != 0
+    return True
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the node can be dropped, moved or shared: no mutation, randomness or side effect."""
+    if node.op in ("placeholder", "output", "call_module", "call_method"):
+        return False
+    if is_mutating(node) or is_random(node):
+        return False
+    if isinstance(node.target, torch._ops.OpOverload):  # fx calls every dropout impure, even one that is off
+        return bool(node.target._schema.returns)  # an operator without a result is there for its effect
+    return not node.is_impure()
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node's value is a Python number (a size, or arithmetic on sizes), not a tensor."""
+    if node.op != "call_function":
+        return False
+    if node.target in (torch.ops.aten.sym_size.int, torch.ops.aten.sym_stride.int, torch.ops.aten.sym_numel.default):
+        return True
+    value = val(node)
+    return isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def aliases(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory the node's result may share (views, in-place results, getitem of such)."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return [node.args[0]]
+    bound = bound_arguments(node)
+    if bound is None or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    found = []
+    for argument in node.target._schema.arguments:
+        value = bound[argument.name]
+        if argument.alias_info is not None and isinstance(value, fx.Node):
+            found.append(value)
+    if not found and not node.target.is_view and _may_return_input(node.target):
+        found = [v for v in bound.values() if isinstance(v, fx.Node)][:1]
+    return found
+
+
+def _may_return_input(target: torch._ops.OpOverload) -> bool:
+    # Composite operators whose schema says nothing of aliasing, but that return their input when there is nothing to do.
+    return target.namespace == "aten" and target._schema.name in (
+        "aten::dropout", "aten::feature_dropout", "aten::contiguous", "aten::to", "aten::reshape", "aten::flatten",
+        "aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as",
+    )  # fmt: skip
+
+
+def storage_roots(node: fx.Node) -> frozenset[fx.Node]:
+    """The placeholders and get_attr nodes whose memory the node's result may share."""
+    roots: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.op in ("placeholder", "get_attr"):
+            roots.add(current)
+        stack.extend(aliases(current))
+    return frozenset(roots)
+
+
+def describe_value(value: Any) -> str:
+    """`f32[s0, 8]` for a tensor, the number for a size, a tuple of those for several results."""
+    if isinstance(value, torch.Tensor):
+        return f"{SHORT.get(value.dtype, str(value.dtype))}[{', '.join(str(s) for s in value.shape)}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(describe_value(v) for v in value)})"
+    return str(value)
+
+
+def describe_node(node: fx.Node) -> str:
+    """`linear_3 (aten.linear.default -> f32[1, 128, 768])`: how reports and errors name a node."""
+    return f"{node.name} ({node.target} -> {describe_value(val(node))})"
+
+
+def graph_text(graph: fx.GraphModule) -> str:
+    """The graph as stable text for golden tests: one line a node, values renumbered, dtypes and shapes included.
+
+    ```
+    %x: f32[2, 8] = input
+    %weight: f32[4, 8] = attribute weight
+    %0: f32[2, 4] = aten.linear(%x, %weight)
+    return (%0)
+    ```
+    """
+    names: dict[fx.Node, str] = {}
+    lines = []
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
+            lines.append(f"return ({', '.join(_argument(r, names) for r in results)})")
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            names[node] = f"%{node.target}"
+            lines.append(
+                f"{names[node]}: {describe_value(val(node))} = {'input' if node.op == 'placeholder' else 'attribute'}"
+            )
+            continue
+        names[node] = f"%{sum(not n.startswith('%_') and n[1:].isdigit() for n in names.values())}"
+        arguments = [_argument(a, names) for a in node.args] + [
+            f"{k}={_argument(v, names)}" for k, v in node.kwargs.items()
+        ]
+        lines.append(f"{names[node]}: {describe_value(val(node))} = {_target(node)}({', '.join(arguments)})")
+    return "\n".join(lines)
+
+
+def _target(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        text = str(node.target)
+        return text.removesuffix(".default")
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _argument(value: Any, names: dict[fx.Node, str]) -> str:
+    if isinstance(value, fx.Node):
+        return names[value]
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(_argument(v, names) for v in value)}]"
+    return str(value)

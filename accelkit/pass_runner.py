@@ -1,0 +1,277 @@
+"""Runs passes over a graph, checks each one's work, and writes the ledger.
+
+    graph --pass--> lint, infer what is new, compare with before --> next pass
+
+The invariants, held after every pass (a broken one is a PassError that names the pass and the node):
+
+1. the graph is well formed (fx's lint), and every node's fake tensor can be inferred;
+2. inputs and outputs have the dtypes, shapes and devices that they had;
+3. no new shape guard: a dynamic dimension is not frozen by a pass that asked `if size >= 128`;
+4. nothing is written to that was not written to before, and no output newly shares memory with an input or a weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from accelkit import graph as graphs
+from accelkit.errors import AccelkitError, PassError
+from accelkit.pass_api import GraphPass, OnnxPass, PassResult, Refusal
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One line of the ledger.
+
+    Attributes:
+        name: the pass with its options.
+        rewrites: what was rewritten, by node name.
+        refusals: what was not, and why.
+        nodes_before, nodes_after: operators in the graph (inputs and weights are not counted).
+        seconds: time taken, the invariants' checks included.
+    """
+
+    name: str
+    rewrites: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    nodes_before: int
+    nodes_after: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What must not change, read off a graph before a pass."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    guards: int
+    writes: frozenset[str]
+    output_roots: tuple[frozenset[str], ...]
+
+
+def run_passes(
+    graph: fx.GraphModule, passes: Iterable[GraphPass], on_pass: Callable[[GraphPass], None] | None = None
+) -> list[PassRecord]:
+    """Run `passes` over `graph` in place, in order.
+
+    Args:
+        graph: an accelkit graph (see accelkit.graph), every node with its fake tensor in `meta["val"]`.
+        passes: the passes; OnnxPass values do not belong here (see `run_onnx_passes`).
+        on_pass: called with each pass before it runs, for progress.
+
+    Returns:
+        one record a pass.
+
+    Raises:
+        PassError: a pass raised, or broke an invariant.
+    """
+    records = []
+    for one in passes:
+        if on_pass is not None:
+            on_pass(one)
+        records.append(_run_one(graph, one))
+    return records
+
+
+def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
+    started = time.perf_counter()
+    before, nodes_before = _facts(graph), count_operators(graph)
+    snapshot = {node: (node.target, node.args, node.kwargs) for node in graph.graph.nodes}
+    try:
+        result = one.run(graph)
+    except AccelkitError:
+        raise
+    except Exception as error:
+        raise PassError(f"pass {one} failed: {type(error).__name__}: {error}") from error
+    if not isinstance(result, PassResult):
+        raise PassError(f"pass {one} returned {type(result).__name__}; run() must return a PassResult")
+    try:
+        graph.graph.lint()
+    except Exception as error:
+        raise PassError(f"pass {one} left a malformed graph: {error}") from error
+    changed = [n for n in graph.graph.nodes if snapshot.get(n) != (n.target, n.args, n.kwargs)]
+    if changed and not result.changed:
+        raise PassError(f"pass {one} changed {changed[0].name} but reports no rewrite; call result.rewrote(...)")
+    infer(graph, changed, one)
+    _compare(before, _facts(graph), one)
+    if changed or len(snapshot) != len(graph.graph.nodes):
+        graph.recompile()
+    return PassRecord(
+        str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
+        time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def count_operators(graph: fx.GraphModule) -> int:
+    """Operators in the graph: inputs, weights and the output are not counted."""
+    return sum(node.op not in ("placeholder", "get_attr", "output") for node in graph.graph.nodes)
+
+
+def fake_mode_of(graph: fx.GraphModule) -> FakeTensorMode:
+    """The fake mode that the graph's metadata was inferred under (a fresh one for a graph without tensors)."""
+    for node in graph.graph.nodes:
+        value = graphs.val(node)
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def infer(graph: fx.GraphModule, changed: Sequence[fx.Node], one: object) -> None:
+    """Infer fake tensors for `changed` nodes, and onwards wherever a node's metadata really differs from before."""
+    if not changed:
+        return
+    mode = fake_mode_of(graph)
+    stale = set(changed)
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output", "call_module"):
+            continue
+        if node not in stale and not any(i in stale for i in node.all_input_nodes) and graphs.val(node) is not None:
+            continue
+        old = graphs.val(node)
+        new = _infer_node(graph, node, mode, one)
+        node.meta["val"] = new
+        if node not in changed and _same_metadata(old, new):
+            stale.discard(node)
+        else:
+            stale.add(node)
+
+
+def _infer_node(graph: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, one: object) -> Any:
+    if node.op == "get_attr":
+        value = graphs.attribute(graph, str(node.target))
+        return mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else None
+    arguments = fx.node.map_arg((node.args, node.kwargs), graphs.val)
+    target: Any = node.target
+    try:
+        with mode, torch.no_grad(), _no_decomposition():
+            return target(*arguments[0], **arguments[1])
+    except Exception as error:
+        shapes = ", ".join(f"{i.name}: {graphs.describe_value(graphs.val(i))}" for i in node.all_input_nodes)
+        raise PassError(
+            f"after pass {one}: {node.name} ({node.target}) does not fit its inputs ({shapes}): {error}"
+        ) from error
+
+
+def _no_decomposition() -> contextlib.AbstractContextManager[Any]:
+    # The fused fast path of nn.TransformerEncoder hides the layers from every pass; accelkit graphs never contain it.
+    return contextlib.nullcontext()
+
+
+def _same_metadata(old: Any, new: Any) -> bool:
+    if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor):
+        return (old.dtype, old.device, str(old.shape), str(old.stride())) == (
+            new.dtype, new.device, str(new.shape), str(new.stride()),
+        )  # fmt: skip
+    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)) and len(old) == len(new):
+        return all(_same_metadata(o, n) for o, n in zip(old, new, strict=True))
+    return type(old) is type(new) and str(old) == str(new)
+
+
+def _output_nodes(graph: fx.GraphModule) -> tuple[Any, ...]:
+    (returned,) = graph.graph.output_node().args
+    return tuple(returned) if isinstance(returned, (tuple, list)) else (returned,)
+
+
+def _placed(value: Any) -> str:
+    return f"{graphs.describe_value(value)} on {value.device}" if isinstance(value, torch.Tensor) else str(value)
+
+
+def _facts(graph: fx.GraphModule) -> _Facts:
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    outputs = _output_nodes(graph)
+    mode = fake_mode_of(graph)
+    writes = set()
+    for node in graph.graph.nodes:
+        if graphs.is_mutating(node):
+            written = [a for a in graphs.aliases(node)]
+            writes |= {root.name for a in written for root in graphs.storage_roots(a)}
+    roots = tuple(
+        frozenset(r.name for r in graphs.storage_roots(o)) if isinstance(o, fx.Node) else frozenset() for o in outputs
+    )
+    return _Facts(
+        tuple(f"{p.target}: {_placed(graphs.val(p))}" for p in placeholders),
+        tuple(_placed(graphs.val(o)) if isinstance(o, fx.Node) else repr(o) for o in outputs),
+        len(mode.shape_env.guards) if mode.shape_env is not None else 0,
+        frozenset(writes),
+        roots,
+    )
+
+
+def _compare(before: _Facts, after: _Facts, one: object) -> None:
+    if before.inputs != after.inputs:
+        raise PassError(f"pass {one} changed the inputs from {before.inputs} to {after.inputs}")
+    if len(before.outputs) != len(after.outputs):
+        raise PassError(f"pass {one} changed the number of outputs from {len(before.outputs)} to {len(after.outputs)}")
+    for index, (old, new) in enumerate(zip(before.outputs, after.outputs, strict=True)):
+        if old != new:
+            raise PassError(f"pass {one} changed output {index} from {old} to {new}; cast back before the output")
+    if after.guards > before.guards:
+        raise PassError(
+            f"pass {one} added {after.guards - before.guards} shape guard(s), which would freeze a dynamic dimension; "
+            "ask torch.fx.experimental.symbolic_shapes.statically_known_true instead of comparing sizes"
+        )
+    if after.writes - before.writes:
+        raise PassError(f"pass {one} made the graph write to {sorted(after.writes - before.writes)}")
+    for index, (old_roots, new_roots) in enumerate(zip(before.output_roots, after.output_roots, strict=True)):
+        if new_roots - old_roots:
+            raise PassError(
+                f"pass {one} made output {index} share memory with {sorted(new_roots - old_roots)}; copy it"
+            )
+
+
+def run_onnx_passes(
+    model: onnx.ModelProto, passes: Iterable[OnnxPass], on_pass: Callable[[OnnxPass], None] | None = None
+) -> tuple[onnx.ModelProto, list[PassRecord]]:
+    """The same for OnnxPass values: inputs, outputs and the names of external initializers must stay as they are.
+
+    Raises:
+        PassError: a pass raised, or changed the model's interface, or lost track of a weight.
+    """
+    records = []
+    for one in passes:
+        if on_pass is not None:
+            on_pass(one)
+        started, nodes_before, before = time.perf_counter(), len(model.graph.node), _onnx_interface(model)
+        externals = _external_names(model)
+        try:
+            model, result = one.run(model)
+        except AccelkitError:
+            raise
+        except Exception as error:
+            raise PassError(f"pass {one} failed: {type(error).__name__}: {error}") from error
+        after = _onnx_interface(model)
+        if before != after:
+            raise PassError(f"pass {one} changed the ONNX model's inputs or outputs from {before} to {after}")
+        if invented := _external_names(model) - externals:
+            raise PassError(f"pass {one} renamed or invented the external weights {sorted(invented)}")
+        records.append(
+            PassRecord(
+                str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, len(model.graph.node),
+                time.perf_counter() - started,
+            )
+        )  # fmt: skip
+    return model, records
+
+
+def _onnx_interface(model: onnx.ModelProto) -> tuple[tuple[str, int], ...]:
+    values = [*model.graph.input, *model.graph.output]
+    return tuple((v.name, v.type.tensor_type.elem_type) for v in values)
+
+
+def _external_names(model: onnx.ModelProto) -> set[str]:
+    return {i.name for i in model.graph.initializer if i.data_location == i.EXTERNAL}

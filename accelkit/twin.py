@@ -1,0 +1,86 @@
+"""A model's twin: the same parameters and buffers, but its own modules, so that nothing done to it touches the user's.
+
+    model --deepcopy with the tensors shared--> twin, in eval mode
+
+Capture and the fallback work on the twin: the user's training flags, hooks and attributes stay as they are, even when several
+threads use the model meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from accelkit.errors import CaptureError, InputError
+
+
+def require_usable(model: object) -> nn.Module:
+    """Raises InputError for what is no nn.Module, or has parameters without data."""
+    if not isinstance(model, nn.Module):
+        hint = " (an instance, not the class)" if isinstance(model, type) and issubclass(model, nn.Module) else ""
+        raise InputError(f"model must be a torch.nn.Module{hint}, not {model if hint else type(model).__name__}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise InputError(
+                f"{name} is on the meta device and has no data; load the weights (model.to_empty, load_state_dict) first"
+            )
+    return model
+
+
+def eval_twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` in eval mode that shares every parameter and buffer with it.
+
+    Raises:
+        CaptureError: the model cannot be copied (it holds a lock or a file, say).
+    """
+    shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():  # tensors kept as plain attributes are shared too, and may not be leaves
+        shared.update({id(v): v for v in vars(module).values() if isinstance(v, torch.Tensor)})
+    try:
+        twin = copy.deepcopy(model, shared)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); accelkit works on a copy that shares the "
+            "weights so that yours stays as it is. Give the class a __deepcopy__ that leaves the uncopyable attribute out"
+        ) from error
+    return twin.eval()
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Run the model inside and have its parameters and buffers, and the random number generators, as before afterwards."""
+    tensors = {name: (t, t._version, t.detach().clone()) for name, t in model.named_buffers()}
+    devices = list(
+        {t.device.index for t in model.parameters() if t.device.type == "cuda" and t.device.index is not None}
+    )
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, version, saved in tensors.values():
+                    if tensor._version != version:
+                        tensor.copy_(saved)
+
+
+def clone_inputs(tree: Any) -> Any:
+    """A copy of nested inputs whose tensors may be written to."""
+    return torch.utils._pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf, tree
+    )
+
+
+@contextlib.contextmanager
+def no_fused_multi_head_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention and nn.TransformerEncoder open: their fast path is one opaque node that no pass knows."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
