@@ -1,0 +1,174 @@
+"""How wrong a result is: relative error against a float64 run of the captured program.
+
+    error(output) = |output - reference| / |reference|   (Frobenius norm, per output)
+    right         = error <= 2 * error of plain PyTorch in the same precision + floor
+
+Twice plain PyTorch's own error is the bound that flash-attention's tests use (Dao et al., 2022); the floor, 8 epsilon of the
+precision, is for outputs that plain PyTorch happens to hit exactly. `tolerance=` replaces the bound by a fixed one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from accelkit import graph as graphs
+from accelkit.precision import Precision
+
+YARDSTICK_FACTOR = 2.0
+FLOOR_EPSILONS = 8.0
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """One output's error.
+
+    Attributes:
+        name: the output.
+        error: relative error against float64 (share of differing elements for integers and booleans).
+        yardstick: the same of plain PyTorch in the same precision; None where it could not run.
+        allowed: the largest error that counts as right.
+    """
+
+    name: str
+    error: float
+    yardstick: float | None
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
+    """|result - reference| / |reference| in float64; where both are NaN, or the same infinity, they agree.
+
+    For integers and booleans: the share of elements that differ. A NaN on one side only, or another shape, is infinitely wrong.
+    """
+    if result.shape != reference.shape:
+        return math.inf
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return float((result.cpu() != reference.cpu()).double().mean()) if reference.numel() else 0.0
+    wide = torch.complex128 if reference.is_complex() else torch.float64
+    a, b = result.detach().to("cpu", wide), reference.detach().to("cpu", wide)
+    agree = (a == b) | (a.isnan() & b.isnan())
+    a, b = a[~agree], b[~agree]
+    if not a.numel():
+        return 0.0
+    difference = float((a - b).abs().square().sum().sqrt())
+    scale_values = reference.detach().to("cpu", wide).abs()
+    scale = float(scale_values[scale_values.isfinite()].square().sum().sqrt())
+    if math.isnan(difference):
+        return math.inf
+    return difference / scale if scale else (math.inf if difference else 0.0)
+
+
+def check_outputs(
+    results: Sequence[Any],
+    references: Sequence[Any],
+    plain: Sequence[Any] | None,
+    names: Sequence[str],
+    precision: Precision,
+    tolerance: float | None,
+) -> list[OutputError]:
+    """Each tensor output's error, beside plain PyTorch's own and what is allowed."""
+    checked = []
+    for index, (result, reference, name) in enumerate(zip(results, references, names, strict=True)):
+        if not isinstance(result, torch.Tensor) or not isinstance(reference, torch.Tensor):
+            same = result == reference
+            checked.append(OutputError(name, 0.0 if same else math.inf, None, 0.0))
+            continue
+        yardstick = relative_error(plain[index], reference) if plain is not None else None
+        allowed = tolerance if tolerance is not None else _allowed(yardstick, precision, reference)
+        checked.append(OutputError(name, relative_error(result, reference), yardstick, allowed))
+    return checked
+
+
+def _allowed(yardstick: float | None, precision: Precision, reference: torch.Tensor) -> float:
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return YARDSTICK_FACTOR * (yardstick or 0.0)
+    floor = FLOOR_EPSILONS * precision.epsilon
+    if yardstick is None or not math.isfinite(yardstick):
+        # Rounding errors of a deep network accumulate about as the square root of its length: 64 roundings' worth of epsilon.
+        return 64.0 * precision.epsilon
+    return YARDSTICK_FACTOR * yardstick + floor
+
+
+def reference_outputs(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The graph's outputs computed in float64, node by node: weights are widened one operator at a time and let go again.
+
+    Peak memory is the activations' plus one operator's weights in float64. Nothing of the model is written to.
+    """
+    return _WideRun(graph).run(inputs)
+
+
+class _WideRun:
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        nodes = list(graph.graph.nodes)
+        self.last_use = {used: node for node in nodes for used in node.all_input_nodes}
+        self.written = {
+            root for n in nodes if graphs.is_mutating(n) for a in graphs.aliases(n) for root in graphs.storage_roots(a)
+        }
+
+    @torch.no_grad()
+    def run(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        values: dict[fx.Node, Any] = {}
+        given = iter(inputs)
+        for node in self.graph.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = _widen(next(given).detach(), copy=node in self.written)
+            elif node.op == "get_attr":
+                value = graphs.attribute(self.graph, str(node.target))
+                # left narrow until an operator reads it; one that is written to becomes a copy now
+                values[node] = _widen(value, copy=True) if node in self.written else value
+            elif node.op == "output":
+                (returned,) = node.args
+                return tuple(_widen(values[r]) if isinstance(r, fx.Node) else r for r in _as_tuple(returned))
+            else:
+                values[node] = self._call(node, values)
+            for used in node.all_input_nodes:
+                if self.last_use[used] is node:
+                    del values[used]
+        raise AssertionError("a graph without an output node")  # fx graphs always have one
+
+    def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _widen(values[n]))
+        args, kwargs = _wide_dtypes(args), _wide_dtypes(kwargs)
+        target: Any = node.target
+        if node.op == "call_module":
+            target = graphs.attribute(self.graph, str(node.target))
+        return target(*args, **kwargs)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _widen(value: Any, copy: bool = False) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.dtype in _FLOATS:
+            return value.double()
+        if value.dtype == torch.complex64:
+            return value.to(torch.complex128)
+        return value.clone() if copy else value
+    return value
+
+
+def _wide_dtypes(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value in _FLOATS else torch.complex128 if value == torch.complex64 else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_wide_dtypes(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _wide_dtypes(v) for k, v in value.items()}
+    return value

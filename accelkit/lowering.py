@@ -1,0 +1,320 @@
+"""From a graph to engines: partition by what the backend takes, compile each piece, run the rest in PyTorch.
+
+    graph --level by level--> stages: PyTorch | piece | PyTorch | piece ...
+
+Each node gets a level: that of its inputs, plus one where the side (backend or PyTorch) changes. The nodes of one side and
+one level form one stage; every value flows to an equal or higher level, so the stages run in order and never in a circle.
+Sizes are free: a stage that needs `x.shape[0]` computes it from x itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from accelkit import graph as graphs
+from accelkit.backend_api import Backend, CompileContext, Engine
+from accelkit.errors import LoweringError
+from accelkit.pass_api import Refusal
+
+_MATRIX_WORDS = ("linear", "mm", "conv", "attention", "einsum", "lstm", "gru", "embedding", "norm", "softmax")
+_MIN_NODES = 4
+
+
+class EngineStore(Protocol):
+    """Where compiled engines come from: the cache on disk, an artifact, or nowhere."""
+
+    def build(
+        self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
+    ) -> tuple[Engine, str]:
+        """The engine, and where it came from in a few words (`compiled`, `cache`, `artifact`)."""
+        ...
+
+
+class AlwaysCompile:
+    """An EngineStore that keeps nothing."""
+
+    def build(
+        self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
+    ) -> tuple[Engine, str]:
+        return backend.compile(graph, inputs, context), "compiled"
+
+
+@dataclass
+class Piece:
+    """A part of the graph that one engine runs.
+
+    Attributes:
+        engine: the engine.
+        graph: the part, as it was compiled.
+        operators: number of operators in it.
+        origin: where the engine came from: `compiled`, `cache` or `artifact`.
+    """
+
+    engine: Engine
+    graph: fx.GraphModule
+    operators: int
+    origin: str
+
+
+@dataclass
+class Lowered:
+    """A lowered graph: call it with the graph's inputs, get its outputs.
+
+    Attributes:
+        call: the callable; runs without gradients.
+        pieces: what runs in engines.
+        refusals: operators that stay in PyTorch, and why.
+        torch_operators: number of operators that stay in PyTorch.
+    """
+
+    call: Callable[..., Sequence[Any]]
+    pieces: list[Piece]
+    refusals: list[Refusal] = field(default_factory=list)
+    torch_operators: int = 0
+
+
+def lower(
+    graph: fx.GraphModule,
+    backend: Backend,
+    inputs: Sequence[torch.Tensor],
+    context: CompileContext,
+    store: EngineStore | None = None,
+) -> Lowered:
+    """Compile `graph` for `backend`; what it refuses runs in PyTorch, with the reason kept.
+
+    Raises:
+        LoweringError: the backend failed on a piece without naming operators that it could do without.
+    """
+    store = store or AlwaysCompile()
+    refused = {n: why for n in graph.graph.nodes if _computes(n) and (why := backend.unsupported(n)) is not None}
+    while True:
+        _refuse_run_time_numbers(graph, refused)
+        stages = _stages(graph, refused)
+        try:
+            return _compile(graph, stages, refused, backend, inputs, context, store)
+        except LoweringError as error:
+            culprits = {n: error.nodes[n.name] for n in graph.graph.nodes if n.name in error.nodes and n not in refused}
+            if not culprits:
+                raise
+            refused.update(culprits)
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.op not in ("placeholder", "get_attr", "output") and not _is_free(node)
+
+
+def _is_free(node: fx.Node) -> bool:
+    """A size, or arithmetic on sizes, that any stage can compute again from tensors it has."""
+    return graphs.is_size(node) and (
+        node.target is torch.ops.aten.sym_size.int or all(_is_free(i) for i in node.all_input_nodes if graphs.is_size(i))
+        and all(graphs.is_size(i) for i in node.all_input_nodes)
+    )  # fmt: skip
+
+
+def _refuse_run_time_numbers(graph: fx.GraphModule, refused: dict[fx.Node, str]) -> None:
+    # `int(x.max())` is a number that only a run knows; engines take tensors, so what uses it stays beside it.
+    for node in graph.graph.nodes:
+        if not _computes(node) or node in refused:
+            continue
+        if graphs.is_size(node):
+            refused[node] = "computes a Python number from tensor data"
+        elif numbers := [i.name for i in node.all_input_nodes if graphs.is_size(i) and not _is_free(i)]:
+            refused[node] = f"uses {', '.join(numbers)}, computed from tensor data"
+
+
+# --- stages
+
+
+@dataclass
+class _Stage:
+    in_engine: bool
+    nodes: list[fx.Node]
+
+
+def _stages(graph: fx.GraphModule, refused: dict[fx.Node, str]) -> list[_Stage]:
+    while True:
+        stages = _levels(graph, refused)
+        if all(s.in_engine for s in stages):
+            return stages
+        small = [s for s in stages if s.in_engine and not _worthwhile(s.nodes)]
+        if not small:
+            return stages
+        for stage in small:
+            refused.update(
+                {n: "alone between operators that stay in PyTorch: too little work for an engine" for n in stage.nodes}
+            )
+
+
+def _worthwhile(nodes: list[fx.Node]) -> bool:
+    return len(nodes) >= _MIN_NODES or any(word in str(n.target) for n in nodes for word in _MATRIX_WORDS)
+
+
+def _levels(graph: fx.GraphModule, refused: dict[fx.Node, str]) -> list[_Stage]:
+    level: dict[fx.Node, int] = {}
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            level[node] = 0
+        elif node.op != "output":
+            mine = node in refused
+            level[node] = max(
+                (level[i] + (_computes(i) and (i in refused) != mine) for i in _tensor_inputs(node)), default=0
+            )
+    writes = [n for n in level if graphs.is_mutating(n)]
+    last = max(level.values(), default=0) + 1
+    stages: dict[tuple[int, bool], list[fx.Node]] = {}
+    for node in level:
+        if _computes(node):
+            # writes to buffers and inputs come after every read
+            key = (last, False) if node in writes else (level[node], node not in refused)
+            stages.setdefault(key, []).append(node)
+    return [_Stage(in_engine, stages[at, in_engine]) for at, in_engine in sorted(stages)]
+
+
+def _tensor_inputs(node: fx.Node) -> set[fx.Node]:
+    """The nodes a node really waits for: sizes are looked through."""
+    found: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        current = stack.pop()
+        if _is_free(current):
+            stack.extend(current.all_input_nodes)
+        else:
+            found.add(current)
+    return found
+
+
+# --- compiling
+
+
+def _compile(
+    graph: fx.GraphModule,
+    stages: list[_Stage],
+    refused: dict[fx.Node, str],
+    backend: Backend,
+    inputs: Sequence[torch.Tensor],
+    context: CompileContext,
+    store: EngineStore,
+) -> Lowered:
+    refusals = [Refusal(n.name, f"{n.target}: {why}") for n, why in refused.items()]
+    results = _results(graph)
+    whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results)
+    if whole:
+        context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
+        engine, origin = store.build(backend, graph, inputs, context)
+        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin)], refusals)
+
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
+    slots = {node: index for index, node in enumerate(placeholders)}
+    steps: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], int]] = []
+    pieces: list[Piece] = []
+    torch_operators = 0
+    for index, stage in enumerate([*stages, _Stage(False, [r for r in results if _is_free(r)])]):
+        if not stage.nodes:
+            continue
+        later = {i for s in stages[index + 1 :] for n in s.nodes for i in _tensor_inputs(n)} | set(results)
+        part, taken, given = _extract(graph, stage.nodes, [n for n in stage.nodes if n in later])
+        examples = [values[n] for n in taken]
+        if stage.in_engine:
+            context.progress(
+                f"compiling {len(stage.nodes)} operators for {backend.name} (stage {index + 1} of {len(stages)})"
+            )
+            engine, origin = store.build(backend, part, examples, context)
+            pieces.append(Piece(engine, part, len(stage.nodes), origin))
+            run: Callable[..., Sequence[Any]] = engine
+        else:
+            torch_operators += len(stage.nodes)
+            run = _TorchStage(part)
+        if index + 1 < len(stages):
+            values.update(zip(given, _example_run(part, examples), strict=True))
+        steps.append((run, tuple(slots[n] for n in taken), len(given)))
+        for node in given:
+            slots[node] = len(slots)
+    constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr"}
+    returned = tuple(constants[r] if r in constants else slots[r] for r in results)
+    return Lowered(_Stitched(steps, returned), pieces, refusals, torch_operators)
+
+
+def _results(graph: fx.GraphModule) -> list[fx.Node]:
+    (returned,) = graph.graph.output_node().args
+    return list(returned)  # type: ignore[arg-type]
+
+
+def _example_run(part: fx.GraphModule, examples: list[Any]) -> Sequence[Any]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return part(*examples)  # type: ignore[no-any-return]
+
+
+class _TorchStage:
+    """A part of the graph that stays in PyTorch."""
+
+    def __init__(self, part: fx.GraphModule) -> None:
+        self._forward = part.forward
+
+    def __call__(self, *inputs: Any) -> Sequence[Any]:
+        with torch.no_grad():
+            return self._forward(*inputs)  # type: ignore[no-any-return]
+
+
+class _Stitched:
+    """Runs the stages in order; values live in numbered slots, inputs first."""
+
+    def __init__(
+        self,
+        steps: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], int]],
+        returned: tuple[int | torch.Tensor, ...],
+    ) -> None:
+        self._steps, self._returned = steps, returned
+
+    def __call__(self, *inputs: torch.Tensor) -> Sequence[Any]:
+        slots: list[Any] = list(inputs)
+        for run, taken, _ in self._steps:
+            slots.extend(run(*[slots[i] for i in taken]))
+        return tuple(slots[r] if isinstance(r, int) else r for r in self._returned)
+
+
+def _extract(
+    graph: fx.GraphModule, nodes: list[fx.Node], given: list[fx.Node]
+) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+    """The nodes as a graph of their own: (graph, the nodes it takes, the nodes it gives)."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    taken: list[fx.Node] = []
+    inside = set(nodes)
+
+    def require(node: fx.Node) -> None:
+        if node in copies:
+            return
+        if node.op == "get_attr" or _is_free(node):
+            for i in node.all_input_nodes:
+                require(i)
+            return
+        if node not in inside:
+            copies[node] = part.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+            taken.append(node)
+
+    for node in nodes:  # inputs first: fx wants placeholders on top
+        for i in node.all_input_nodes:
+            require(i)
+        if _is_free(node):
+            require(node)
+
+    def copy(node: fx.Node) -> fx.Node:
+        if node not in copies:
+            for i in node.all_input_nodes:
+                copy(i)
+            copies[node] = part.node_copy(node, lambda n: copies[n])
+        return copies[node]
+
+    for node in nodes:
+        copy(node)
+    part.output(tuple(copies[n] for n in given))
+    module = fx.GraphModule(graph, part)
+    module.graph.lint()
+    return module, taken, given
