@@ -158,3 +158,9 @@ def test_boundary_bans_every_module_that_is_not_public() -> None:
     modules |= {path.parent.name for path in (ROOT / "accelkit").glob("*/__init__.py")}
     assert {f"accelkit.{module}" for module in modules - PUBLIC} - banned == set()
     assert banned & {f"accelkit.{module}" for module in PUBLIC} == set()
+
+
+def test_version_is_the_distributions() -> None:
+    import accelkit
+
+    assert accelkit.__version__ == PROJECT["version"]
