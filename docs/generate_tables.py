@@ -54,8 +54,11 @@ def targets() -> str:
     rows = []
     for name in own_entries(plugins.BACKENDS):
         backend = plugins.find(plugins.BACKENDS, name)
-        rows.append((f"`{name}`", f"`{backend.__name__}`", first_line(backend)))
-    return markdown_table(("target", "class", "what it does"), rows)
+        if not backend.description:
+            raise SystemExit(f"{backend!r} has no description, and the README's table needs one")
+        kept = (backend.precisions, backend.devices)
+        rows.append((f"`{name}`", f"`{backend.__name__}`", backend.description, *map(", ".join, kept)))
+    return markdown_table(("target", "class", "what it does", "precisions", "devices"), rows)
 
 
 def passes() -> str:
