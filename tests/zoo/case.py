@@ -69,7 +69,7 @@ def settle_batch_norm(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None
     """Give batch norm about the statistics of real activations, as training does.
 
     With 0 and 1, or random ones, the signal dies within a few layers and all inputs give one output. They are put off
-    by a tenth or so, so that a fusion with slightly wrong statistics cannot hide behind outputs of mean 0 and variance 1.
+    by a tenth or so, so that a fusion with slightly wrong statistics cannot hide behind mean 0 and variance 1.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     if not norms:
