@@ -10,6 +10,8 @@ buffers or inputs are left as one `copy_` at the end.
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +46,16 @@ class Program:
     signature: Signature
     exported: torch.export.ExportedProgram
     inputs: tuple[torch.Tensor, ...]
+
+    def exported_with_weights(self) -> torch.export.ExportedProgram:
+        """`exported` with the graph's present weights, which a refit may have replaced."""
+        current = {str(node.target): tensor for node, tensor in graphs.tensor_attributes(self.graph)}
+        state = {name: current.get(name, tensor) for name, tensor in self.exported.state_dict.items()}
+        if all(state[name] is tensor for name, tensor in self.exported.state_dict.items()):
+            return self.exported
+        exported = copy.copy(self.exported)
+        exported._state_dict = state
+        return exported
 
 
 def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> Program:
@@ -97,6 +109,26 @@ def from_exported(
         binder, in_spec, inputs, out_spec, outputs, results, ranges, {s: d.name for s, d in named.items()}
     )  # fmt: skip
     return Program(graph, signature, exported, tensors)
+
+
+def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
+    """The same program for inputs of exactly these shapes: what was symbolic becomes a number.
+
+    Raises:
+        CaptureError: torch.export refuses the graph at these shapes.
+    """
+    try:
+        with torch.no_grad(), no_fused_multi_head_attention(), _quiet():
+            exported = torch.export.export(program.graph, clone_inputs(tensors), strict=False)
+    except Exception as error:
+        raise CaptureError(_refusal(program.graph, error)) from error
+    flat = from_exported(exported, program.signature.binder, (tensors, {}), {}, tensors)
+    shapes = iter(flat.signature.tensors)
+    inputs = tuple(
+        dataclasses.replace(i, shape=next(shapes).shape) if isinstance(i, TensorSpec) else i for i in program.signature.inputs
+    )
+    signature = dataclasses.replace(program.signature, inputs=inputs, results=flat.signature.results, ranges={}, dims={})
+    return dataclasses.replace(flat, signature=signature)
 
 
 # --- exporting

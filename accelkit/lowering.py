@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import fx
@@ -25,13 +25,29 @@ _MATRIX_WORDS = ("linear", "mm", "conv", "attention", "einsum", "lstm", "gru", "
 _MIN_NODES = 4
 
 
+class Stored(NamedTuple):
+    """An engine, where it came from (`compiled`, `cache`, `artifact`), and the key it is kept under ("" where nothing is kept)."""
+
+    engine: Engine
+    origin: str
+    key: str
+
+
 class EngineStore(Protocol):
     """Where compiled engines come from: the cache on disk, an artifact, or nowhere."""
 
     def build(
         self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
-    ) -> tuple[Engine, str]:
-        """The engine, and where it came from in a few words (`compiled`, `cache`, `artifact`)."""
+    ) -> Stored:
+        """The engine for this graph."""
+        ...
+
+    def recall(self, program: Any, lowered: Lowered, tolerance: float | None, results: Sequence[Any]) -> Any | None:
+        """What an earlier check of these engines on these weights and inputs found, or None."""
+        ...
+
+    def remember(self, program: Any, lowered: Lowered, tolerance: float | None, findings: Any) -> None:
+        """Keep what a check found."""
         ...
 
 
@@ -40,8 +56,14 @@ class AlwaysCompile:
 
     def build(
         self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
-    ) -> tuple[Engine, str]:
-        return backend.compile(graph, inputs, context), "compiled"
+    ) -> Stored:
+        return Stored(backend.compile(graph, inputs, context), "compiled", "")
+
+    def recall(self, program: Any, lowered: Lowered, tolerance: float | None, results: Sequence[Any]) -> Any | None:
+        return None
+
+    def remember(self, program: Any, lowered: Lowered, tolerance: float | None, findings: Any) -> None:
+        return None
 
 
 @dataclass
@@ -53,12 +75,14 @@ class Piece:
         graph: the part, as it was compiled.
         operators: number of operators in it.
         origin: where the engine came from: `compiled`, `cache` or `artifact`.
+        key: what the engine is kept under; "" where nothing is kept.
     """
 
     engine: Engine
     graph: fx.GraphModule
     operators: int
     origin: str
+    key: str
 
 
 @dataclass
@@ -205,8 +229,8 @@ def _compile(
     whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results)
     if whole:
         context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
-        engine, origin = store.build(backend, graph, inputs, context)
-        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin)], refusals)
+        engine, origin, key = store.build(backend, graph, inputs, context)
+        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin, key)], refusals)
 
     placeholders = graph.graph.find_nodes(op="placeholder")
     values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
@@ -219,18 +243,19 @@ def _compile(
             continue
         later = {i for s in stages[index + 1 :] for n in s.nodes for i in _tensor_inputs(n)} | set(results)
         part, taken, given = _extract(graph, stage.nodes, [n for n in stage.nodes if n in later])
-        examples = [values[n] for n in taken]
+        needed = any(s.in_engine for s in stages[index + 1 :])
+        examples = [values[n] for n in taken] if stage.in_engine or needed else []
         if stage.in_engine:
             context.progress(
                 f"compiling {len(stage.nodes)} operators for {backend.name} (stage {index + 1} of {len(stages)})"
             )
-            engine, origin = store.build(backend, part, examples, context)
-            pieces.append(Piece(engine, part, len(stage.nodes), origin))
+            engine, origin, key = store.build(backend, part, examples, context)
+            pieces.append(Piece(engine, part, len(stage.nodes), origin, key))
             run: Callable[..., Sequence[Any]] = engine
         else:
             torch_operators += len(stage.nodes)
             run = _TorchStage(part)
-        if index + 1 < len(stages):
+        if needed:
             values.update(zip(given, _example_run(part, examples), strict=True))
         steps.append((run, tuple(slots[n] for n in taken), len(given)))
         for node in given:

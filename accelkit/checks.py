@@ -1,0 +1,199 @@
+"""The proof that goes into the report: error against float64, and time beside the original model.
+
+    captured program in float64 = truth;  the original model in the precision asked for = yardstick;  compiled = what is judged
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from accelkit import graph as graphs
+from accelkit.accuracy import OutputError, check_outputs, reference_outputs
+from accelkit.capture import Program
+from accelkit.errors import AccelkitWarning, AccuracyError
+from accelkit.lowering import EngineStore, Lowered
+from accelkit.measure import Timing, interleaved
+from accelkit.precision import Precision
+from accelkit.signature import Constant, TensorSpec
+from accelkit.twin import clone_inputs, no_fused_multi_head_attention, preserved
+
+TIMING_SECONDS = 1.0
+"""Time spent on measuring a variant beside the original; at least three rounds are made however long they take."""
+
+
+@dataclass
+class Checked:
+    """What was found: each output's error, the timings, the example's inputs and results, and notes for the report."""
+
+    accuracy: list[OutputError] = field(default_factory=list)
+    timings: dict[str, Timing] = field(default_factory=dict)
+    samples: tuple[tuple[torch.Tensor, ...], tuple[Any, ...]] = ((), ())
+    notes: list[str] = field(default_factory=list)
+
+
+def check(
+    program: Program,
+    graph: fx.GraphModule,
+    lowered: Lowered,
+    model: nn.Module | None,
+    precision: Precision,
+    tolerance: float | None,
+    store: EngineStore,
+) -> Checked:
+    """Run the compiled graph on the example, judge it, and time it beside the original.
+
+    Args:
+        program: as captured.
+        graph: after the passes.
+        model: the original (its twin), or None where only the program is at hand.
+        store: remembers what was found for these very weights, inputs and engines.
+
+    Raises:
+        AccuracyError: an output is further from float64 than allowed.
+    """
+    checked = Checked()
+    original = _original(program, model)
+    owner = model if model is not None else program.graph
+    with preserved(owner), torch.no_grad():
+        results = tuple(lowered.call(*clone_inputs(program.inputs)))
+    checked.samples = (program.inputs, results)
+    random = [n.name for n in graph.graph.nodes if graphs.is_random(n)]
+    remembered = store.recall(program, lowered, tolerance, results) if not random else None
+    if remembered is not None:
+        checked.accuracy, checked.timings, checked.notes = remembered
+        return checked
+    if random:
+        checked.notes.append(f"not compared with float64: the model is random by itself ({', '.join(random[:3])})")
+    else:
+        _judge(checked, program, results, original, model, precision, tolerance)
+    with preserved(owner), torch.no_grad():
+        inputs = clone_inputs(program.inputs)
+        device = inputs[0].device if inputs else torch.device("cpu")
+        checked.timings = interleaved(
+            {"original": original, "compiled": lambda: lowered.call(*inputs)},
+            seconds=TIMING_SECONDS, warmup=0 if not random else 1, max_rounds=50, device=device,
+        )  # fmt: skip
+    if not random:
+        store.remember(program, lowered, tolerance, (checked.accuracy, checked.timings, checked.notes))
+    return checked
+
+
+def _judge(
+    checked: Checked,
+    program: Program,
+    results: Sequence[Any],
+    original: Callable[[], Any],
+    model: nn.Module | None,
+    precision: Precision,
+    tolerance: float | None,
+) -> None:
+    names = [_output_name(program, i) for i in range(len(results))]
+    owner = model if model is not None else program.graph
+    with preserved(owner), torch.no_grad():
+        plain = _graph_order(program, original()) if model is not None else original()
+    if precision.dtype != torch.float32:
+        plain = _plain_in(precision.dtype, program, model, checked.notes)
+    try:
+        reference: Sequence[Any] = reference_outputs(program.graph, program.inputs)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        if plain is None:
+            checked.notes.append(f"not compared: an operator has no float64 form ({_first_line(error)})")
+            return
+        checked.notes.append(f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})")
+        reference = plain
+    _tell_non_finite(checked.notes, program, reference)
+    checked.accuracy = check_outputs(results, reference, plain, names, precision, tolerance)
+    wrong = [o for o in checked.accuracy if not o.ok]
+    if wrong:
+        listed = "; ".join(f"{o.name} is off by {o.error:.2e} (allowed {o.allowed:.2e}, plain PyTorch {_shown(o)})" for o in wrong)
+        raise AccuracyError(
+            f"the compiled model is further from float64 than allowed: {listed}. Use a wider precision, keep the operators that "
+            "need it in fp32, or allow more with tolerance=..."
+        )
+
+
+def _shown(output: OutputError) -> str:
+    return "unknown" if output.yardstick is None else f"{output.yardstick:.2e}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _output_name(program: Program, index: int) -> str:
+    signature = program.signature
+    leaves = pytree.tree_unflatten(list(range(len(signature.outputs))), signature.out_spec)
+    for (path, _), place in zip(pytree.tree_flatten_with_path(leaves)[0], signature.outputs, strict=True):
+        if place == index:
+            return f"output{pytree.keystr(path)}"
+    return f"output {index}"
+
+
+def example_call(program: Program) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The example as the model takes it: canonical (args, kwargs), constants included."""
+    tensors = iter(program.inputs)
+    leaves = [next(tensors) if isinstance(i, TensorSpec) else i.value for i in program.signature.inputs]
+    args, kwargs = pytree.tree_unflatten(leaves, program.signature.in_spec)
+    return args, kwargs
+
+
+def _original(program: Program, model: nn.Module | None) -> Callable[[], Any]:
+    if model is None:
+        inputs = clone_inputs(program.inputs)
+        return lambda: program.graph(*inputs)
+    args, kwargs = clone_inputs(example_call(program))
+    return lambda: model(*args, **kwargs)
+
+
+def _graph_order(program: Program, output: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(output)
+    placed: dict[int, Any] = {}
+    for leaf, place in zip(leaves, program.signature.outputs, strict=True):
+        if not isinstance(place, Constant):
+            placed.setdefault(place, leaf)
+    return [placed[i] for i in range(len(placed))]
+
+
+def _plain_in(dtype: torch.dtype, program: Program, model: nn.Module | None, notes: list[str]) -> list[Any] | None:
+    """The outputs of the model cast to `dtype` as users do it by hand (`model.to(dtype)`), or None where that fails."""
+    if model is None:
+        return None
+    cast: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        narrow = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        cast[id(tensor)] = nn.Parameter(narrow, requires_grad=False) if isinstance(tensor, nn.Parameter) else narrow
+    narrow_model = copy.deepcopy(model, cast)
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
+        clone_inputs(example_call(program)),
+    )
+    try:
+        with torch.no_grad(), no_fused_multi_head_attention():
+            return _graph_order(program, narrow_model(*args, **kwargs))
+    except RuntimeError as error:  # a dtype baked into the model's own code
+        notes.append(f"plain PyTorch cannot run this model in {dtype} ({_first_line(error)}); the error has a fixed bound instead")
+        return None
+
+
+def _tell_non_finite(notes: list[str], program: Program, reference: Sequence[Any]) -> None:
+    bad = [i for i, r in enumerate(reference) if isinstance(r, torch.Tensor) and r.is_floating_point() and not r.isfinite().all()]
+    if not bad:
+        return
+    weights = [
+        str(node.target)
+        for node, tensor in graphs.tensor_attributes(program.graph)
+        if tensor.is_floating_point() and bool(tensor.isnan().any())
+    ]
+    cause = f"; NaN in the weights {', '.join(weights[:5])}" if weights else ""
+    where = ", ".join(_output_name(program, i) for i in bad)
+    text = f"the original model itself gives NaN or infinity in {where}{cause}"
+    notes.append(text)
+    warnings.warn(AccelkitWarning(text), stacklevel=2)

@@ -1,0 +1,280 @@
+"""CompiledModel: the callable that `optimize` gives back.
+
+    call -> flat tensors -> the variant built for these shapes -> the model's own output type
+                         -> none covers them: the captured program or the model itself, counted, or an InputError
+
+Calls may come from several threads. Results carry no gradients: a compiled model is for inference.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from accelkit.capture import Program
+from accelkit.errors import AccelkitError, InputError
+from accelkit.lowering import Lowered
+from accelkit.report import Report
+from accelkit.signature import Signature, TensorSpec
+
+if TYPE_CHECKING:
+    from accelkit.pipeline import Plan
+
+_MAX_ROUTES = 4096
+
+
+@dataclass
+class Variant:
+    """One built program and the inputs it serves.
+
+    Attributes:
+        label: the bucket's name in reports and stats.
+        program: as captured, before any pass.
+        lowered: what runs.
+        samples: the example's inputs (flat tensors) and the results that were checked, for artifacts.
+    """
+
+    label: str
+    program: Program
+    lowered: Lowered
+    samples: tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]
+
+    @property
+    def signature(self) -> Signature:
+        return self.program.signature
+
+
+@dataclass(frozen=True)
+class Built:
+    """All that a build made; a CompiledModel swaps it whole, so a call never sees half of a refit."""
+
+    variants: tuple[Variant, ...]
+    fallback: nn.Module | None
+    report: Report
+    program: Program | None = None  # as captured, with its dynamic dimensions; None where captured in pieces
+    call: Callable[..., Any] | None = None  # where the model was captured in pieces: the stitched callable
+
+
+class CompiledModel:
+    """A model compiled by `accelkit.optimize`; call it as you call the model.
+
+    Not built yet where `optimize` got no example inputs: the first call is the example.
+    """
+
+    def __init__(self, plan: Plan, built: Built | None = None) -> None:
+        self._plan = plan
+        self._lock = threading.RLock()
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._built: Built | None = None
+        self._routes: dict[Any, Variant | str] = {}
+        self._binders: dict[Any, Callable[..., list[Any]] | None] = {}
+        if built is not None:
+            self._install(built)
+
+    def _install(self, built: Built) -> None:
+        self._routes, self._binders = {}, {}
+        self._built = built
+
+    # --- calling
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output for these inputs, in the model's own output type, without gradients.
+
+        Raises:
+            InputError: arguments that the model's forward does not take; or, with `fallback=False`, shapes, dtypes or
+                constants that no variant covers.
+        """
+        built = self._built
+        if built is None:
+            built = self._build(args, kwargs)
+        if built.call is not None:
+            self._count("captured pieces")
+            return built.call(*args, **kwargs)
+        key = (len(args), *kwargs)
+        quick = self._binders.get(key, _UNSEEN)
+        if quick is _UNSEEN:
+            quick = self._binders[key] = _quick_binder(built.variants[0].signature, len(args), tuple(kwargs))
+        if quick is not None and (tensors := quick(args, kwargs)) is not None:
+            shapes = tuple([(t.shape, t.dtype, t.device) for t in tensors])
+            variant = self._routes.get(shapes)
+            if variant is None:
+                variant = self._route(built, shapes, tensors)
+            if not isinstance(variant, str):
+                self._count(variant.label)
+                return _result(variant, variant.lowered.call(*tensors))
+            return self._fall_back(built, variant, args, kwargs)
+        return self._general_call(built, args, kwargs)
+
+    forward = __call__
+
+    def _general_call(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # nested inputs, constants, tensor subclasses, or arguments of another structure than was captured
+        reason = ""
+        for variant in built.variants:
+            try:
+                tensors = variant.signature.tensors_of(variant.signature.leaves(args, kwargs))
+            except InputError as error:
+                reason = reason or str(error)
+                continue
+            uncovered = variant.signature.covers(tensors)
+            if uncovered is None:
+                self._count(variant.label)
+                return _result(variant, variant.lowered.call(*tensors))
+            reason = reason or uncovered
+        built.variants[0].signature.binder.bind(args, kwargs)  # what forward does not take is an error, fallback or not
+        return self._fall_back(built, reason, args, kwargs)
+
+    def _route(self, built: Built, shapes: Any, tensors: list[torch.Tensor]) -> Variant | str:
+        reasons = []
+        route: Variant | str | None = None
+        for variant in built.variants:
+            uncovered = variant.signature.covers(tensors)
+            if uncovered is None:
+                route = variant
+                break
+            reasons.append(uncovered)
+        if route is None:
+            route = reasons[-1]
+        with self._lock:
+            if len(self._routes) >= _MAX_ROUTES:
+                self._routes.clear()
+            if self._built is built:
+                self._routes[shapes] = route
+        return route
+
+    def _fall_back(self, built: Built, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._plan.fallback or built.fallback is None:
+            covered = " | ".join(v.signature.coverage() for v in built.variants)
+            without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
+            raise InputError(f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}")
+        self._count("fallback")
+        self._reasons[reason] += 1
+        with torch.no_grad():
+            return built.fallback(*args, **kwargs)
+
+    def _count(self, label: str) -> None:
+        with self._lock:
+            self._counts[label] += 1
+
+    # --- building
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        with self._lock:
+            if self._built is None:
+                self._install(self._plan.build(args, kwargs))
+            assert self._built is not None
+            return self._built
+
+    def _require_built(self, what: str) -> Built:
+        if self._built is None:
+            raise AccelkitError(f"{what} needs a built model: call it once, or give optimize() example_inputs")
+        return self._built
+
+    # --- asking
+
+    def report(self) -> Report:
+        """What was captured, rewritten, refused and why, lowered where, how wrong, how fast."""
+        return self._built.report if self._built is not None else self._plan.empty_report()
+
+    def stats(self) -> dict[str, Any]:
+        """Calls so far: in all, by variant, on the fallback, and why calls fell back (reason -> calls)."""
+        with self._lock:
+            counts, reasons = dict(self._counts), dict(self._reasons)
+        fallback = counts.pop("fallback", 0)
+        return {
+            "calls": sum(counts.values()) + fallback,
+            "variants": counts,
+            "fallback": fallback,
+            "fallback_reasons": reasons,
+        }
+
+    @property
+    def signature(self) -> Signature:
+        """How the model is called (of the first variant)."""
+        return self._require_built("signature").variants[0].signature
+
+    # --- changing and keeping
+
+    def refit(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Give the compiled model new weights; without recompiling where the engine allows it.
+
+        The user's model keeps its own weights: the compiled model stops sharing them. A call in flight finishes with the old ones.
+
+        Args:
+            state_dict: a full state dict of the original model.
+
+        Raises:
+            InputError: missing or unexpected keys, or other shapes.
+        """
+        from accelkit.refit import refitted
+
+        with self._lock:
+            self._install(refitted(self._plan, self._require_built("refit"), state_dict))
+
+    def save(self, path: str | Path) -> None:
+        """Write the compiled model to one file (.accel) that `accelkit.load` reads, here or on another machine.
+
+        Raises:
+            ArtifactError: something in it cannot be stored; the message names it.
+        """
+        from accelkit.persistence import save
+
+        save(self._plan, self._require_built("save"), path)
+
+    def __repr__(self) -> str:
+        state = "not built" if self._built is None else f"{len(self._built.variants)} variant(s)"
+        return f"CompiledModel({self._plan.model_name}, {self._plan.backend}, {self._plan.precision}, {state})"
+
+
+_UNSEEN: Any = object()
+
+
+def _result(variant: Variant, results: Sequence[Any]) -> Any:
+    signature = variant.signature
+    if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
+        return results[0]
+    return signature.unflatten(results)
+
+
+def _quick_binder(
+    signature: Signature, positional: int, names: tuple[str, ...]
+) -> Callable[[tuple[Any, ...], dict[str, Any]], list[Any] | None] | None:
+    """For calls of this form that are nothing but tensors: how to pick the graph's inputs without walking trees.
+
+    The binder gives None for a call that is not plain tensors after all. None instead of a binder: calls of this form always
+    take the general way.
+    """
+    if not all(isinstance(i, TensorSpec) for i in signature.inputs):
+        return None
+    probes = [object() for _ in range(positional)]
+    named = {name: object() for name in names}
+    try:
+        args, kwargs = signature.binder.bind(tuple(probes), named)  # type: ignore[arg-type]
+    except InputError:
+        return None
+    wanted = [i.name for i in signature.inputs]
+    given = {f"args[{i}]": a for i, a in enumerate(args)} | kwargs
+    if sorted(given) != sorted(wanted):
+        return None
+    where: list[int | str] = []
+    for name in wanted:
+        probe = given[name]
+        where.append(next((i for i, p in enumerate(probes) if p is probe), next((n for n, p in named.items() if p is probe), "")))
+
+    def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        tensors = [args[w] if w.__class__ is int else kwargs[w] for w in where]  # type: ignore[index]
+        for tensor in tensors:
+            if tensor.__class__ is not torch.Tensor and not isinstance(tensor, nn.Parameter):
+                return None
+        return tensors
+
+    return bind

@@ -1,0 +1,196 @@
+"""torch.compile's front end: for models that torch.export refuses, and for `torch.compile(model, backend="accelkit")`.
+
+    model --TorchDynamo--> graph, Python, graph, ...   each graph --torch.export, passes, lowering--> engine
+
+What is between the pieces stays Python, exactly as in the model; the report says where the breaks are and why.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch._dynamo.utils import counters
+
+from accelkit.capture import capture
+from accelkit.compiled import Built
+from accelkit.errors import AccelkitWarning, CaptureError, InputError
+from accelkit.report import Report, VariantReport
+from accelkit.twin import clone_inputs, preserved
+
+if TYPE_CHECKING:
+    from accelkit.pipeline import Plan
+
+MAX_SHAPES = 8
+"""A captured piece is built for at most this many input shapes; further ones run in PyTorch, with a warning."""
+
+
+def build_in_pieces(plan: Plan, refusal: CaptureError, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+    """Build a model that torch.export refused: TorchDynamo's pieces run in engines, the rest as it is.
+
+    Raises:
+        CaptureError: not one piece could be captured.
+        Exception: what the model's own forward raises on the example.
+    """
+    with preserved(plan.twin), torch.no_grad():
+        plan.twin(*clone_inputs(args), **clone_inputs(kwargs))  # the model's own exception, if that was the reason
+    if plan.dynamic_shapes is not None:
+        raise CaptureError(
+            f"{refusal} | dynamic_shapes needs a model that torch.export captures whole; leave it out to have the pieces captured"
+        ) from refusal
+    report = plan.empty_report()
+    report.breaks.append(str(refusal))
+    call = _without_gradients(torch.compile(plan.twin, backend=PieceBackend(plan, report), dynamic=False))
+    before = dict(counters["graph_break"])
+    with preserved(plan.twin):
+        call(*clone_inputs(args), **clone_inputs(kwargs))
+    report.breaks += [_one_line(why) for why, count in counters["graph_break"].items() if count > before.get(why, 0)]
+    if not report.variants:
+        raise CaptureError(f"{refusal} | torch.compile's front end captured no piece either") from refusal
+    return Built((), plan.twin, report, None, call)
+
+
+def _without_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return compiled(*args, **kwargs)
+
+    return call
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+class PieceBackend:
+    """A TorchDynamo backend: each captured graph goes through accelkit's pipeline.
+
+    A graph that accelkit cannot take runs as it is, with a warning and the reason in the report: never silently.
+    """
+
+    def __init__(self, plan: Plan, report: Report) -> None:
+        self.plan, self.report = plan, report
+
+    def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not any(node.op in ("call_function", "call_method", "call_module") for node in graph.graph.nodes):
+            return graph.forward
+        return _Piece(self.plan, self.report, graph, len(self.report.variants))
+
+
+class _Piece:
+    """One captured graph, built for each combination of input shapes when it is first met."""
+
+    def __init__(self, plan: Plan, report: Report, graph: fx.GraphModule, index: int) -> None:
+        self.plan, self.report, self.graph, self.index = plan, report, graph, index
+        self._static = _static_inputs(graph)
+        self._built: dict[Any, Callable[..., Any]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
+            return self._plain(inputs, "gradients are wanted here, and engines are for inference: call it under torch.no_grad()")
+        key = tuple(
+            (i.shape, i.dtype, i.device) if isinstance(i, torch.Tensor) and n not in self._static else id(i) if n in self._static else i
+            for n, i in enumerate(inputs)
+        )
+        run = self._built.get(key)
+        if run is None:
+            with self._lock:
+                run = self._built.get(key) or self._build(key, inputs)
+        return run(*inputs)
+
+    def _plain(self, inputs: Sequence[Any], reason: str) -> Any:
+        self._tell(reason)
+        return self.graph.forward(*inputs)
+
+    def _tell(self, reason: str) -> None:
+        text = f"piece {self.index} runs in PyTorch: {reason}"
+        if text not in self.report.breaks:
+            self.report.breaks.append(text)
+            warnings.warn(AccelkitWarning(text), stacklevel=3)
+
+    def _build(self, key: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if len(self._built) >= MAX_SHAPES:
+            self._tell(f"more than {MAX_SHAPES} input shapes")
+            return self.graph.forward
+        try:
+            run, found = self._lower(inputs)
+        except (CaptureError, InputError) as error:
+            self._tell(str(error))
+            run = self.graph.forward
+        else:
+            found.label = f"piece {self.index}"
+            self.report.variants.append(found)
+        self._built[key] = run
+        return run
+
+    def _lower(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], VariantReport]:
+        weights = {n: inputs[n] for n in self._static}
+        bound = _Bound(self.graph, weights)
+        given = tuple(i for n, i in enumerate(inputs) if n not in weights)
+        tensors = tuple(i.detach() if isinstance(i, torch.Tensor) else i for i in given)
+        program = capture(bound, tensors, {})
+        variant, found = self.plan.build_piece(program, bound)
+        signature, call = variant.signature, variant.lowered.call
+
+        def run(*arguments: Any) -> Any:
+            flat = [a for n, a in enumerate(arguments) if n not in weights]
+            leaves = signature.leaves(tuple(flat), {})
+            return signature.unflatten(call(*signature.tensors_of(leaves)))
+
+        return run, found
+
+
+def _static_inputs(graph: fx.GraphModule) -> dict[int, fx.Node]:
+    """The graph's inputs that are the model's parameters and buffers: constants of the piece."""
+    static = {}
+    for index, node in enumerate(graph.graph.find_nodes(op="placeholder")):
+        info = node.meta.get("tensor_dict") or {}
+        value = node.meta.get("example_value")
+        if info.get("_dynamo_static_input_type") is not None or isinstance(value, nn.Parameter):
+            static[index] = node
+    return static
+
+
+class _Bound(nn.Module):
+    """A captured graph with its weights as attributes, so that they are weights again and not inputs."""
+
+    def __init__(self, graph: fx.GraphModule, weights: dict[int, torch.Tensor]) -> None:
+        super().__init__()
+        self.graph_module = graph
+        self._places = {}
+        for index, tensor in weights.items():
+            name = f"weight_{index}"
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+            self._places[index] = name
+
+    def forward(self, *inputs: Any) -> Any:
+        given = iter(inputs)
+        total = len(inputs) + len(self._places)
+        arguments = [getattr(self, self._places[n]) if n in self._places else next(given) for n in range(total)]
+        return self.graph_module(*arguments)
+
+
+def accelkit_backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """`torch.compile(model, backend="accelkit", options={"target": "onnxruntime"})`: options are those of `optimize()`.
+
+    Raises:
+        InputError: an unknown option.
+    """
+    from accelkit.pipeline import make_plan
+
+    options = dict(options.pop("options", None) or options)
+    known = {"target", "precision", "passes", "tolerance", "cache", "progress"}
+    if unknown := set(options) - known:
+        raise InputError(f"torch.compile(backend='accelkit') has no option {sorted(unknown)}; it has {', '.join(sorted(known))}")
+    device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
+    plan = make_plan(graph, device=device, **options)
+    return PieceBackend(plan, plan.empty_report())(graph, example_inputs)
+

@@ -1,0 +1,210 @@
+"""optimize(): the whole story on one page.
+
+    nn.Module --capture--> fx graph --passes--> fx graph --partition + lower--> engines --> CompiledModel
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from accelkit.backend_api import Backend, CompileContext
+from accelkit.capture import Program, capture, specialise
+from accelkit.checks import Checked, check
+from accelkit.compiled import Built, CompiledModel, Variant
+from accelkit.dims import Dim
+from accelkit.errors import AccelkitWarning, CaptureError, InputError
+from accelkit.lowering import EngineStore, lower
+from accelkit.options import canonical_example, device_type, resolve_backend, resolve_passes, sizes_of
+from accelkit.pass_api import GraphPass, OnnxPass
+from accelkit.pass_runner import count_operators, run_passes
+from accelkit.precision import Precision, as_precision
+from accelkit.progress import Progress
+from accelkit.report import PieceReport, Report, VariantReport
+from accelkit.store import open_store
+from accelkit.twin import eval_twin, require_usable
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    target: str | Backend = "auto",
+    precision: str | Precision = "fp32",
+    passes: Iterable[GraphPass | OnnxPass | str] | None = None,
+    dynamic_shapes: Any = None,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+    calibration: Iterable[Any] | None = None,
+    tolerance: float | None = None,
+    fallback: bool = True,
+    cache: bool = True,
+    progress: bool = True,
+) -> CompiledModel:
+    """Compile a model for inference and prove that it still computes the same.
+
+    Args:
+        model: any nn.Module. It is not changed: parameters are shared, training flags and hooks stay.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; None: the first call is
+            the example.
+        target: a backend's name or value (`OnnxRuntime(threads=2)`); "auto": the first one available, see `accelkit targets`.
+        precision: "fp32", "bf16", "fp16" or a Precision value. Inputs and outputs keep the model's own dtypes.
+        passes: None for the default pipeline, or passes (values or names) in the order they shall run.
+        dynamic_shapes: by input name and dimension: `{"input_ids": {0: accelkit.Dim("batch", max=64)}}`.
+        buckets: sizes of dynamic dimensions to build separate engines for: `{"batch": (1, 8)}`; None: one engine for all.
+        calibration: an iterable of inputs, for precisions that need calibration (none of the present ones does).
+        tolerance: largest relative error allowed against float64; None: twice plain PyTorch's own in this precision.
+        fallback: inputs that no engine covers run on the original model, counted in `stats()`; False: an InputError.
+        cache: keep compiled engines on disk and reuse them.
+        progress: show a progress line on a terminal.
+
+    Returns:
+        the compiled model; call it as the model itself.
+
+    Raises:
+        InputError: an argument that does not fit.
+        BackendUnavailableError: the target cannot run here; the message says what to install.
+        PassError, LoweringError: a pass or the backend failed.
+        AccuracyError: the result is further from float64 than allowed.
+        Exception: whatever the model's own forward raises on the example, as it is.
+    """
+    plan = make_plan(
+        model, target=target, precision=precision, passes=passes, dynamic_shapes=dynamic_shapes, buckets=buckets,
+        calibration=calibration, tolerance=tolerance, fallback=fallback, cache=cache, progress=progress,
+    )  # fmt: skip
+    if example_inputs is None:
+        return CompiledModel(plan)
+    args, kwargs = canonical_example(example_inputs)
+    return CompiledModel(plan, plan.build(args, kwargs))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`optimize()`'s arguments, resolved; `build` carries them out."""
+
+    twin: nn.Module
+    model_name: str
+    backend: Backend
+    precision: Precision
+    graph_passes: tuple[GraphPass, ...]
+    onnx_passes: tuple[OnnxPass, ...]
+    store: EngineStore
+    dynamic_shapes: Any = None
+    buckets: Mapping[str, Sequence[int]] | None = None
+    tolerance: float | None = None
+    fallback: bool = True
+    progress: Progress = field(default_factory=Progress)
+
+    def empty_report(self) -> Report:
+        return Report(self.model_name, str(self.backend), str(self.precision))
+
+    def build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
+        """Capture, rewrite, lower and check, for an example call; several times where there are buckets."""
+        with self.progress.running(f"optimizing {self.model_name}"):
+            try:
+                with self.progress.stage("capture") as stage:
+                    program = capture(self.twin, args, kwargs, self.dynamic_shapes)
+            except CaptureError as refusal:
+                from accelkit.dynamo import build_in_pieces
+
+                return build_in_pieces(self, refusal, args, kwargs)
+            return self.build_program(program, stage.seconds, self.twin)
+
+    def build_program(self, program: Program, capture_seconds: float, model: nn.Module | None) -> Built:
+        """The same from a captured program on; without the original model where a saved one is loaded."""
+        report = self.empty_report()
+        variants = []
+        for label, sizes in self._bucket_sizes(program):
+            captured = specialise(program, sizes_of(program, sizes)) if sizes else program
+            variant, found = self._build_variant(label, captured, model)
+            found.seconds = {"capture": capture_seconds} | found.seconds
+            variants.append(variant)
+            report.variants.append(found)
+        return Built(tuple(variants), model, report, program)
+
+    def build_piece(self, program: Program, model: nn.Module) -> tuple[Variant, VariantReport]:
+        """One captured piece of a model that torch.export refused."""
+        return self._build_variant("piece", program, model)
+
+    def _build_variant(self, label: str, program: Program, model: nn.Module | None) -> tuple[Variant, VariantReport]:
+        found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
+        graph = copy_graph(program.graph)
+        with self.progress.stage("passes", found.seconds):
+            found.ledger += run_passes(graph, self.graph_passes)
+        with self.progress.stage("lowering", found.seconds), torch.no_grad():
+            context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say)
+            lowered = lower(graph, self.backend, program.inputs, context, self.store)
+        found.pieces = [PieceReport(p.operators, p.origin, p.engine.describe()) for p in lowered.pieces]
+        found.refusals, found.torch_operators = lowered.refusals, lowered.torch_operators
+        with self.progress.stage("checks", found.seconds):
+            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store)
+        _tell(found, checked, str(self.backend))
+        return Variant(label, program, lowered, checked.samples), found
+
+    def _bucket_sizes(self, program: Program) -> list[tuple[str, dict[str, int]]]:
+        if not self.buckets:
+            return [("dynamic" if program.signature.dims else "as captured", {})]
+        names = set(program.signature.dims.values())
+        if unknown := set(self.buckets) - names:
+            raise InputError(
+                f"buckets names {sorted(unknown)}, which dynamic_shapes does not declare (declared: {sorted(names) or 'none'})"
+            )
+        combinations = itertools.product(*([(name, int(size)) for size in sizes] for name, sizes in self.buckets.items()))
+        return [(", ".join(f"{n}={s}" for n, s in sizes), dict(sizes)) for sizes in combinations]
+
+
+def make_plan(
+    model: nn.Module,
+    *,
+    target: str | Backend = "auto",
+    precision: str | Precision = "fp32",
+    passes: Iterable[GraphPass | OnnxPass | str] | None = None,
+    dynamic_shapes: Any = None,
+    buckets: Mapping[str, Sequence[int]] | None = None,
+    calibration: Iterable[Any] | None = None,
+    tolerance: float | None = None,
+    fallback: bool = True,
+    cache: bool = True,
+    progress: bool = True,
+    store: EngineStore | None = None,
+    device: str | None = None,
+) -> Plan:
+    """Check and resolve `optimize()`'s arguments, without running anything of the model."""
+    require_usable(model)
+    wanted = as_precision(precision)
+    backend = resolve_backend(target, wanted, device or device_type(model))
+    graph_passes, onnx_passes = resolve_passes(passes, wanted)
+    if calibration is not None:
+        raise InputError(f"calibration is for precisions that need it; {wanted} does not. Leave calibration out")
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise InputError(f"tolerance is a relative error such as 1e-3, not {tolerance!r}")
+    if buckets is not None and dynamic_shapes is None:
+        raise InputError("buckets needs dynamic_shapes, whose Dims it names: dynamic_shapes={'x': {0: Dim('batch', max=8)}}")
+    return Plan(
+        eval_twin(model), type(model).__name__, backend, wanted, graph_passes, onnx_passes, store or open_store(cache),
+        dynamic_shapes, buckets, tolerance, fallback, Progress(progress),
+    )  # fmt: skip
+
+
+def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes can be rewritten; tensors are shared."""
+    return fx.GraphModule(graph, copy.copy(graph.graph), type(graph).__name__)
+
+
+def _tell(found: VariantReport, checked: Checked, target: str) -> None:
+    found.accuracy, found.timings = checked.accuracy, checked.timings
+    found.notes += checked.notes
+    slow = {"original", "compiled"} <= set(found.timings)
+    if slow and found.timings["compiled"].slower_than(found.timings["original"]):
+        text = f"{target} is slower than the original model here: {found.timings['compiled']} against {found.timings['original']}"
+        found.notes.append(text)
+        warnings.warn(AccelkitWarning(f"{text}; try another target, or keep the model as it is"), stacklevel=2)
+
+
+__all__ = ["Dim", "Plan", "copy_graph", "make_plan", "optimize"]
