@@ -1,0 +1,1 @@
+"""The targets that come with accelkit; each is found by its entry point, as anyone's are."""
