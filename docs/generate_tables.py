@@ -66,12 +66,11 @@ def passes() -> str:
     from accelkit import plugins
     from accelkit_passes import DEFAULT
 
-    order = [entry.name for entry in DEFAULT]
-    others = [name for name in own_entries(plugins.PASSES) if name not in order]
+    others = [name for name in own_entries(plugins.PASSES) if name not in DEFAULT]
     rows = []
-    for name in [*order, *others]:
+    for name in [*DEFAULT, *others]:
         cls = plugins.find(plugins.PASSES, name)
-        rows.append((order.index(name) + 1 if name in order else "", f"`{name}`", first_line(cls)))
+        rows.append((DEFAULT.index(name) + 1 if name in DEFAULT else "", f"`{name}`", first_line(cls)))
     return markdown_table(("default order", "pass", "what it does"), rows)
 
 
