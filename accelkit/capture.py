@@ -9,10 +9,8 @@ buffers or inputs are left as one `copy_` at the end.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +24,7 @@ from accelkit.dims import Dim
 from accelkit.errors import CaptureError, InputError
 from accelkit.functionalize import remove_in_place_operators
 from accelkit.signature import Binder, Constant, Signature, TensorSpec, leaf_names
-from accelkit.twin import clone_inputs, eval_twin, no_fused_multi_head_attention, require_usable
+from accelkit.twin import clone_inputs, eval_twin, no_fused_multi_head_attention, quiet, require_usable
 
 aten = torch.ops.aten
 
@@ -118,7 +116,7 @@ def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
         CaptureError: torch.export refuses the graph at these shapes.
     """
     try:
-        with torch.no_grad(), no_fused_multi_head_attention(), _quiet():
+        with torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
             exported = torch.export.export(program.graph, clone_inputs(tensors), strict=False)
     except Exception as error:
         raise CaptureError(_refusal(program.graph, error)) from error
@@ -138,7 +136,7 @@ def _export(twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]]) -> t
     args, kwargs = clone_inputs(example)
     shapes = _dynamic_shapes(example, dims)
     try:
-        with torch.no_grad(), no_fused_multi_head_attention(), _quiet():
+        with torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
             exported = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
             if not remove_in_place_operators(exported.graph_module.graph):
                 exported = torch.export.export(
@@ -167,18 +165,6 @@ def _user_frame(error: BaseException) -> str:
             found = trace
         trace = trace.tb_next
     return f" at {found.tb_frame.f_code.co_filename}:{found.tb_lineno}" if found else ""
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # Export logs its own refusals at length; ours repeat what matters.
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 # --- dynamic dimensions

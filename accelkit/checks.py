@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch.utils import _pytree as pytree
 from accelkit import graph as graphs
 from accelkit.accuracy import OutputError, check_outputs, reference_outputs
 from accelkit.capture import Program
-from accelkit.errors import AccelkitWarning, AccuracyError
+from accelkit.errors import AccuracyError, warn
 from accelkit.lowering import EngineStore, Lowered
 from accelkit.measure import Timing, interleaved
 from accelkit.precision import Precision
@@ -196,4 +195,4 @@ def _tell_non_finite(notes: list[str], program: Program, reference: Sequence[Any
     where = ", ".join(_output_name(program, i) for i in bad)
     text = f"the original model itself gives NaN or infinity in {where}{cause}"
     notes.append(text)
-    warnings.warn(AccelkitWarning(text), stacklevel=2)
+    warn(text)

@@ -8,7 +8,6 @@ What is between the pieces stays Python, exactly as in the model; the report say
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,9 @@ from torch._dynamo.utils import counters
 
 from accelkit.capture import capture
 from accelkit.compiled import Built
-from accelkit.errors import AccelkitWarning, CaptureError, InputError
+from accelkit.errors import CaptureError, InputError, warn
 from accelkit.report import Report, VariantReport
-from accelkit.twin import clone_inputs, preserved
+from accelkit.twin import clone_inputs, preserved, quiet
 
 if TYPE_CHECKING:
     from accelkit.pipeline import Plan
@@ -46,9 +45,9 @@ def build_in_pieces(plan: Plan, refusal: CaptureError, args: tuple[Any, ...], kw
     report.breaks.append(str(refusal))
     call = _without_gradients(torch.compile(plan.twin, backend=PieceBackend(plan, report), dynamic=False))
     before = dict(counters["graph_break"])
-    with preserved(plan.twin):
+    with preserved(plan.twin), quiet("torch._dynamo"):
         call(*clone_inputs(args), **clone_inputs(kwargs))
-    report.breaks += [_one_line(why) for why, count in counters["graph_break"].items() if count > before.get(why, 0)]
+    report.breaks += [_reason(why) for why, count in counters["graph_break"].items() if count > before.get(why, 0)]
     if not report.variants:
         raise CaptureError(f"{refusal} | torch.compile's front end captured no piece either") from refusal
     return Built((), plan.twin, report, None, call)
@@ -62,8 +61,9 @@ def _without_gradients(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+def _reason(text: object) -> str:
+    # TorchDynamo's reasons go on with hints for its own settings, which are no use here
+    return " ".join(str(text).partition("Hint:")[0].split())
 
 
 class PieceBackend:
@@ -111,7 +111,7 @@ class _Piece:
         text = f"piece {self.index} runs in PyTorch: {reason}"
         if text not in self.report.breaks:
             self.report.breaks.append(text)
-            warnings.warn(AccelkitWarning(text), stacklevel=3)
+            warn(text)
 
     def _build(self, key: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
         if len(self._built) >= MAX_SHAPES:

@@ -6,6 +6,9 @@ user's own `forward` are never wrapped: they pass through as they are.
 
 from __future__ import annotations
 
+import difflib
+import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -57,14 +60,20 @@ class AccelkitWarning(UserWarning):
     """Something is slower or otherwise other than asked, and the caller should know."""
 
 
+def warn(text: str) -> None:
+    """An AccelkitWarning that points at the caller's line outside accelkit (and torch), whatever called us."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("accelkit", "torch", "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(AccelkitWarning(text), stacklevel=level)
+
+
 def unknown_name(kind: str, name: object, known: Sequence[str]) -> InputError:
     """The one form of "no such pass/target/precision": names the closest known ones first.
 
     >>> str(unknown_name("target", "onxruntime", ["eager", "onnxruntime"]))
     "unknown target 'onxruntime'; did you mean 'onnxruntime'? Known targets: eager, onnxruntime"
     """
-    import difflib
-
     close = difflib.get_close_matches(str(name), list(known), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     plural = f"{kind}es" if kind.endswith("s") else f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"

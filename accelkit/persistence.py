@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from accelkit.accuracy import OutputError, relative_error
 from accelkit.backend_api import Backend, CompileContext
 from accelkit.capture import Program, from_exported
 from accelkit.compiled import Built, CompiledModel
-from accelkit.errors import AccelkitWarning, ArtifactError, InputError, LoweringError
+from accelkit.errors import ArtifactError, InputError, LoweringError, warn
 from accelkit.lowering import EngineStore, Lowered, Stored
 from accelkit.measure import Timing, versions
 from accelkit.pass_api import GraphPass, OnnxPass
@@ -194,13 +193,13 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         try:
             built = dataclasses.replace(plan, store=store).build_program(program, 0.0, None)
         except _SelfTestFailed as failure:
-            warnings.warn(AccelkitWarning(f"{path}: {failure}; its engines are rebuilt from the program"), stacklevel=2)
+            warn(f"{path}: {failure}; its engines are rebuilt from the program")
             built = plan.build_program(program, 0.0, None)
     if store.rebuilt:
         text = f"{store.rebuilt} engine(s) rebuilt: the saved ones are for other versions, options or hardware than here"
         for variant in built.report.variants:
             variant.notes.append(text)
-        warnings.warn(AccelkitWarning(f"{path}: {text}"), stacklevel=2)
+        warn(f"{path}: {text}")
     return CompiledModel(plan, dataclasses.replace(built, fallback=fallback))
 
 
@@ -259,7 +258,7 @@ class ArtifactStore:
             try:
                 return Stored(backend.load(blobs, graph, inputs, context), "artifact", key)
             except LoweringError as error:
-                warnings.warn(AccelkitWarning(f"an engine in {self.artifact.path} does not load here: {error}"), stacklevel=2)
+                warn(f"an engine in {self.artifact.path} does not load here: {error}")
         if self.artifact.manifest["engines"]:  # a target whose engines cannot be kept is not worth a warning
             self.rebuilt += 1
         return self.inner.build(backend, graph, inputs, context)

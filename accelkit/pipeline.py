@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from accelkit.capture import Program, capture, specialise
 from accelkit.checks import Checked, check
 from accelkit.compiled import Built, CompiledModel, Variant
 from accelkit.dims import Dim
-from accelkit.errors import AccelkitWarning, CaptureError, InputError
+from accelkit.errors import CaptureError, InputError, warn
 from accelkit.lowering import EngineStore, lower
 from accelkit.options import canonical_example, device_type, resolve_backend, resolve_passes, sizes_of
 from accelkit.pass_api import GraphPass, OnnxPass
@@ -204,7 +203,7 @@ def _tell(found: VariantReport, checked: Checked, target: str) -> None:
     if slow and found.timings["compiled"].slower_than(found.timings["original"]):
         text = f"{target} is slower than the original model here: {found.timings['compiled']} against {found.timings['original']}"
         found.notes.append(text)
-        warnings.warn(AccelkitWarning(f"{text}; try another target, or keep the model as it is"), stacklevel=2)
+        warn(f"{text}; try another target, or keep the model as it is")
 
 
 __all__ = ["Dim", "Plan", "copy_graph", "make_plan", "optimize"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import fx
 from accelkit.accuracy import OutputError
 from accelkit.backend_api import Backend, CompileContext
 from accelkit.capture import Program
-from accelkit.errors import AccelkitWarning, LoweringError
+from accelkit.errors import LoweringError, warn
 from accelkit.lowering import AlwaysCompile, EngineStore, Lowered, Stored
 from accelkit.measure import Timing
 from accelkit.pass_api import Refusal
@@ -54,7 +53,7 @@ class CachedStore:
                 try:
                     engine = backend.load(blobs, graph, inputs, context)
                 except LoweringError as error:
-                    warnings.warn(AccelkitWarning(f"a cached engine does not load, compiling anew: {error}"), stacklevel=2)
+                    warn(f"a cached engine does not load, compiling anew: {error}")
                 else:
                     context.records += records
                     return Stored(engine, "cache", key)
