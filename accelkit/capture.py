@@ -9,8 +9,11 @@ buffers or inputs are left as one `copy_` at the end.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -135,8 +138,9 @@ def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
 def _export(twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]]) -> torch.export.ExportedProgram:
     args, kwargs = clone_inputs(example)
     shapes = _dynamic_shapes(example, dims)
+    printed = io.StringIO()  # a refused export prints its half-made graph; the error says what matters of it
     try:
-        with torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
+        with contextlib.redirect_stderr(printed), torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
             exported = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
             if not remove_in_place_operators(exported.graph_module.graph):
                 exported = torch.export.export(
@@ -144,6 +148,7 @@ def _export(twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]]) -> t
                 ).run_decompositions({})
     except Exception as error:
         raise CaptureError(_refusal(twin, error)) from error
+    sys.stderr.write(printed.getvalue())
     return exported
 
 
