@@ -123,33 +123,37 @@ def aliases(node: fx.Node) -> list[fx.Node]:
         value = bound[argument.name]
         if argument.alias_info is not None and isinstance(value, fx.Node):
             found.append(value)
-    if not found and not node.target.is_view and _may_return_input(node.target):
-        found = [v for v in bound.values() if isinstance(v, fx.Node)][:1]
+    if not found and node.target._schema.name in _MAY_RETURN_INPUT:
+        found = node.all_input_nodes
     return found
 
 
-def _may_return_input(target: torch._ops.OpOverload) -> bool:
-    # Composite operators whose schema says nothing of aliasing, but that return their input when there is nothing to do.
-    return target.namespace == "aten" and target._schema.name in (
-        "aten::dropout", "aten::feature_dropout", "aten::contiguous", "aten::to", "aten::reshape", "aten::flatten",
-        "aten::type_as", "aten::expand_as", "aten::view_as", "aten::reshape_as",
-    )  # fmt: skip
+# Composite operators whose schema says nothing of aliasing, but that return (a view of) an input when there is nothing to do.
+_MAY_RETURN_INPUT = frozenset(
+    f"aten::{name}"
+    for name in (
+        "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "type_as", "lift",
+        "conj_physical", "dequantize", "einsum", "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d",
+        "chain_matmul", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "_unsafe_view",
+    )
+)  # fmt: skip
 
 
-def storage_roots(node: fx.Node) -> frozenset[fx.Node]:
-    """The placeholders and get_attr nodes whose memory the node's result may share."""
-    roots: set[fx.Node] = set()
+def memory_family(node: fx.Node) -> frozenset[fx.Node]:
+    """The nodes whose memory the node's result may share: itself, what it is a view of, and so on upwards."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op in ("placeholder", "get_attr"):
-            roots.add(current)
-        stack.extend(aliases(current))
-    return frozenset(roots)
+        if current not in seen:
+            seen.add(current)
+            stack.extend(aliases(current))
+    return frozenset(seen)
+
+
+def storage_roots(node: fx.Node) -> frozenset[fx.Node]:
+    """The placeholders and get_attr nodes whose memory the node's result may share."""
+    return frozenset(n for n in memory_family(node) if n.op in ("placeholder", "get_attr"))
 
 
 def describe_value(value: Any) -> str:

@@ -7,20 +7,24 @@ The invariants, held after every pass (a broken one is a PassError that names th
 1. the graph is well formed (fx's lint), and every node's fake tensor can be inferred;
 2. inputs and outputs have the dtypes, shapes and devices that they had;
 3. no new shape guard: a dynamic dimension is not frozen by a pass that asked `if size >= 128`;
-4. nothing is written to that was not written to before, and no output newly shares memory with an input or a weight.
+4. nothing is written to that was not written to before, and no output newly shares memory with an input, a weight or
+   another output;
+5. what changed is reported: a pass that rewrites in silence is a PassError too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
 from accelkit.errors import AccelkitError, PassError
@@ -60,8 +64,17 @@ class _Facts:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     guards: int
-    writes: frozenset[str]
-    output_roots: tuple[frozenset[str], ...]
+    writes: frozenset[_Root]
+    output_roots: tuple[frozenset[_Root], ...]
+    shared_outputs: frozenset[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Root:
+    """An input's or a weight's memory; the same memory under two names is one root."""
+
+    key: object
+    label: str = field(compare=False)
 
 
 def run_passes(
@@ -105,11 +118,12 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
     except Exception as error:
         raise PassError(f"pass {one} left a malformed graph: {error}") from error
     changed = [n for n in graph.graph.nodes if snapshot.get(n) != (n.target, n.args, n.kwargs)]
-    if changed and not result.changed:
-        raise PassError(f"pass {one} changed {changed[0].name} but reports no rewrite; call result.rewrote(...)")
-    infer(graph, changed, one)
+    touched = changed or [n for n in snapshot if n._erased]
+    if touched and not result.changed:
+        raise PassError(f"pass {one} changed {touched[0].name} but reports no rewrite; call result.rewrote(...)")
+    infer(graph, [n for n in changed if not _same_call(snapshot.get(n), n)], one)
     _compare(before, _facts(graph), one)
-    if changed or len(snapshot) != len(graph.graph.nodes):
+    if touched:
         graph.recompile()
     return PassRecord(
         str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
@@ -144,6 +158,8 @@ def infer(graph: fx.GraphModule, changed: Sequence[fx.Node], one: object) -> Non
             continue
         old = graphs.val(node)
         new = _infer_node(graph, node, mode, one)
+        if node.meta.get("unbacked_bindings"):  # nonzero and the like: the fresh sizes are the old ones
+            _rebind_unbacked(mode, node, new)
         node.meta["val"] = new
         if node not in changed and _same_metadata(old, new):
             stale.discard(node)
@@ -167,9 +183,26 @@ def _infer_node(graph: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, one:
         ) from error
 
 
+def _rebind_unbacked(mode: FakeTensorMode, node: fx.Node, new: Any) -> None:
+    from torch.fx.experimental.symbolic_shapes import rebind_unbacked  # imports sympy
+
+    rebind_unbacked(mode.shape_env, node, new)
+
+
 def _no_decomposition() -> contextlib.AbstractContextManager[Any]:
     # The fused fast path of nn.TransformerEncoder hides the layers from every pass; accelkit graphs never contain it.
     return contextlib.nullcontext()
+
+
+def _same_call(before: tuple[Any, Any, Any] | None, node: fx.Node) -> bool:
+    """Whether the node calls what it called before, on other nodes with the same metadata: nothing new to infer."""
+    if before is None or graphs.val(node) is None:
+        return False
+    (old, old_spec), (new, new_spec) = (pytree.tree_flatten(call) for call in (before, (node.target, node.args, node.kwargs)))
+    return old_spec == new_spec and all(
+        _same_metadata(graphs.val(o), graphs.val(n)) if isinstance(o, fx.Node) and isinstance(n, fx.Node) else type(o) is type(n) and o == n
+        for o, n in zip(old, new, strict=True)
+    )
 
 
 def _same_metadata(old: Any, new: Any) -> bool:
@@ -195,21 +228,35 @@ def _facts(graph: fx.GraphModule) -> _Facts:
     placeholders = graph.graph.find_nodes(op="placeholder")
     outputs = _output_nodes(graph)
     mode = fake_mode_of(graph)
-    writes = set()
-    for node in graph.graph.nodes:
-        if graphs.is_mutating(node):
-            written = [a for a in graphs.aliases(node)]
-            writes |= {root.name for a in written for root in graphs.storage_roots(a)}
-    roots = tuple(
-        frozenset(r.name for r in graphs.storage_roots(o)) if isinstance(o, fx.Node) else frozenset() for o in outputs
-    )
+    owners = [_owners(graph, o) if isinstance(o, fx.Node) else frozenset() for o in outputs]
+    written = [a for node in graph.graph.nodes if graphs.is_mutating(node) for a in graphs.aliases(node)]
     return _Facts(
         tuple(f"{p.target}: {_placed(graphs.val(p))}" for p in placeholders),
         tuple(_placed(graphs.val(o)) if isinstance(o, fx.Node) else repr(o) for o in outputs),
         len(mode.shape_env.guards) if mode.shape_env is not None else 0,
-        frozenset(writes),
-        roots,
+        frozenset(owner for a in written for owner in _owners(graph, a) if isinstance(owner, _Root)),
+        tuple(frozenset(owner for owner in some if isinstance(owner, _Root)) for some in owners),
+        frozenset((i, j) for i, j in itertools.combinations(range(len(owners)), 2) if owners[i] & owners[j]),
     )
+
+
+def _owners(graph: fx.GraphModule, node: fx.Node) -> frozenset[_Root | fx.Node]:
+    """Whose memory the node's result may be: inputs, weights, or the nodes that allocate it."""
+    owners: set[_Root | fx.Node] = set()
+    for member in graphs.memory_family(node):
+        if member.op == "get_attr":
+            value = graphs.attribute(graph, str(member.target))
+            key = value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else member.target
+            owners.add(_Root(key, str(member.target)))
+        elif member.op == "placeholder":
+            owners.add(_Root(str(member.target), str(member.target)))
+        elif not graphs.aliases(member) and isinstance(graphs.val(member), (torch.Tensor, tuple, list)):
+            owners.add(member)  # a size has no memory to share
+    return frozenset(owners)
+
+
+def _labels(roots: Iterable[_Root]) -> str:
+    return ", ".join(sorted(root.label for root in roots))
 
 
 def _compare(before: _Facts, after: _Facts, one: object) -> None:
@@ -225,13 +272,14 @@ def _compare(before: _Facts, after: _Facts, one: object) -> None:
             f"pass {one} added {after.guards - before.guards} shape guard(s), which would freeze a dynamic dimension; "
             "ask torch.fx.experimental.symbolic_shapes.statically_known_true instead of comparing sizes"
         )
-    if after.writes - before.writes:
-        raise PassError(f"pass {one} made the graph write to {sorted(after.writes - before.writes)}")
+    if invented := after.writes - before.writes:
+        raise PassError(f"pass {one} made the graph write to {_labels(invented)}")
     for index, (old_roots, new_roots) in enumerate(zip(before.output_roots, after.output_roots, strict=True)):
-        if new_roots - old_roots:
-            raise PassError(
-                f"pass {one} made output {index} share memory with {sorted(new_roots - old_roots)}; copy it"
-            )
+        if shared := new_roots - old_roots:
+            raise PassError(f"pass {one} made output {index} share memory with {_labels(shared)}; copy it")
+    if pairs := after.shared_outputs - before.shared_outputs:
+        first, second = min(pairs)
+        raise PassError(f"pass {one} made outputs {first} and {second} share memory; copy one of them")
 
 
 def run_onnx_passes(
