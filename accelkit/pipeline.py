@@ -193,7 +193,7 @@ def make_plan(
 
 def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
     """A copy whose nodes can be rewritten; tensors are shared."""
-    return fx.GraphModule(graph, copy.copy(graph.graph), type(graph).__name__)
+    return fx.GraphModule(graph, copy.deepcopy(graph.graph), type(graph).__name__)
 
 
 def _tell(found: VariantReport, checked: Checked, target: str) -> None:

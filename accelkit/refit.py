@@ -57,7 +57,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _program_with(program: Program, tensors: dict[str, torch.Tensor]) -> Program:
-    graph = fx.GraphModule(program.graph, copy.copy(program.graph.graph), type(program.graph).__name__)
+    graph = fx.GraphModule(program.graph, copy.deepcopy(program.graph.graph), type(program.graph).__name__)
     replaced: dict[int, torch.Tensor] = {}
     for node, old in graphs.tensor_attributes(program.graph):
         new = tensors.get(str(node.target))
