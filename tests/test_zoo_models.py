@@ -55,6 +55,19 @@ def test_model_runs_varies_and_is_deterministic(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(outputs, run(EVERY[name], batch=3), strict=True))
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_rounding_leaves_room_below_the_tolerance(name: str) -> None:
+    if not name.startswith("plain-"):
+        pytest.importorskip("transformers")
+    model, make_inputs = ZOO[name].build()
+    inputs = make_inputs(3)
+    with torch.no_grad():
+        outputs = flat(model(**inputs))
+        exact = flat(model.double()(**{k: t.double() if t.is_floating_point() else t for k, t in inputs.items()}))
+    for a, b in zip(outputs, exact, strict=True):
+        assert (a - b).double().norm() <= 3e-6 * b.double().norm()
+
+
 @pytest.mark.parametrize("name", [n for n, case in EVERY.items() if "attention_mask" in case.dynamic])
 def test_rows_have_padding_of_different_lengths(name: str) -> None:
     mask = EVERY[name].make_inputs(5)["attention_mask"]

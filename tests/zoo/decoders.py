@@ -51,12 +51,12 @@ def cases() -> dict[str, Case]:
     add(
         "gpt-neo",
         "GPTNeoModel",
-        prompt,
+        windowed,
         **LLAMA,
         num_layers=2,
         num_heads=4,
         attention_types=[[["global", "local"], 1]],
-        window_size=4,
+        window_size=6,
     )
     add("gpt-bigcode", "GPTBigCodeModel", prompt, **GPT2)
     add("gpt-neox", "GPTNeoXForCausalLM", prompt, BOTH, **LLAMA)
