@@ -76,11 +76,10 @@ def export_onnx(
     """
     from accelkit.onnx_translations import TRANSLATIONS
 
-    for node in graph.graph.find_nodes(op="placeholder"):
-        if not isinstance(graphs.val(node), torch.Tensor):
-            raise LoweringError(
-                f"input {node.name} is {graphs.describe_value(graphs.val(node))}; ONNX takes tensors only"
-            )
+    for kind, nodes in (("input", graph.graph.find_nodes(op="placeholder")), ("output", _results(graph))):
+        for node in nodes:
+            if not isinstance(node, fx.Node) or not isinstance(graphs.val(node), torch.Tensor):
+                raise LoweringError(f"{kind} {node} is not a tensor; ONNX takes and gives tensors only")
     program, attributes = _lifted(graph)
     inputs = [str(n.name) for n in graph.graph.find_nodes(op="placeholder")] + [initializer_name(a) for a in attributes]
     outputs = [f"output_{i}" for i in range(len(_results(graph)))]
@@ -120,6 +119,36 @@ def external_weights(model: onnx.ModelProto, graph: fx.GraphModule) -> dict[str,
             )
         found[initializer.name] = tensor.detach()
     return found
+
+
+def hide_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Turn the external initializers of `model` into inputs, in place; returns them for `restore_weights`.
+
+    For passes built on libraries that would read the values that are not there: they would fold them, or take two weights for
+    equal because both look empty.
+    """
+    from onnx import helper
+
+    graph = model.graph
+    hidden = [i for i in graph.initializer if i.data_location == i.EXTERNAL]
+    kept = [i for i in graph.initializer if i.data_location != i.EXTERNAL]
+    hidden = [type(i).FromString(i.SerializeToString()) for i in hidden]
+    kept = [type(i).FromString(i.SerializeToString()) for i in kept]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    graph.input.extend(helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in hidden)
+    return hidden
+
+
+def restore_weights(model: onnx.ModelProto, hidden: list[onnx.TensorProto]) -> None:
+    """Turn the inputs that `hide_weights` made back into initializers, in place; those that nothing reads any more go."""
+    graph = model.graph
+    names = {i.name for i in hidden}
+    used = {name for node in _all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
+    inputs = [i for i in graph.input if i.name not in names]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    graph.initializer.extend(i for i in hidden if i.name in used)
 
 
 # --- fx graph -> ExportedProgram
@@ -259,4 +288,6 @@ def _check_dynamic(graph: fx.GraphModule, model: onnx.ModelProto) -> None:
                 )
 
 
-__all__ = ["EXTERNAL_BYTES", "export_onnx", "external_weights", "initializer_name", "is_external"]
+__all__ = [
+    "EXTERNAL_BYTES", "export_onnx", "external_weights", "hide_weights", "initializer_name", "is_external", "restore_weights",
+]  # fmt: skip

@@ -40,6 +40,7 @@ def scaled_dot_product_attention(
     def constant(number: float) -> Any:
         return op.Constant(value=ir.tensor(number, dtype=query.dtype))
 
+    rank = len(key.shape)  # values computed here have no shape yet
     if enable_gqa:
         key, value = _repeat_heads(op, query, key), _repeat_heads(op, query, value)
     # PyTorch scales both factors by the root, so that half precision does not overflow in the product.
@@ -51,13 +52,12 @@ def scaled_dot_product_attention(
     if scale < 0:
         raise NotImplementedError("attention with a negative scale")
     root = constant(math.sqrt(scale))
-    order = list(range(len(key.shape)))
-    order[-2:] = order[-1], order[-2]
+    order = [*range(rank - 2), rank - 1, rank - 2]
     scores = op.MatMul(op.Mul(query, root), op.Mul(op.Transpose(key, perm=order), root))
     if is_causal:
         # square lower triangle from the top left: a row always sees its first column
-        rows = op.Unsqueeze(_positions(op, query), [1])
-        visible = op.GreaterOrEqual(rows, _positions(op, key))
+        rows = op.Unsqueeze(_positions(op, query, len(query.shape)), [1])
+        visible = op.GreaterOrEqual(rows, _positions(op, key, rank))
         return op.MatMul(op.Softmax(op.Where(visible, scores, constant(-math.inf)), axis=-1), value)
     if attn_mask is None:
         return op.MatMul(op.Softmax(scores, axis=-1), value)
@@ -79,9 +79,8 @@ _TORCH = {
 }
 
 
-def _positions(op: Any, tensor: Any) -> Any:
-    """0, 1, ... along the last but one dimension."""
-    rank = len(tensor.shape)
+def _positions(op: Any, tensor: Any, rank: int) -> Any:
+    """0, 1, ... along the last but one of `rank` dimensions."""
     length = op.Squeeze(op.Shape(tensor, start=rank - 2, end=rank - 1), [0])
     zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
     return op.Range(zero, length, one)
