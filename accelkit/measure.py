@@ -178,6 +178,7 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
         "torch_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
@@ -221,6 +222,40 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
+def machine_sentence() -> str:
+    """The machine for a reader of a table: `2 cores of AMD EPYC 9B14, 24 GiB`, or `NVIDIA H200, 140 GiB`."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    memory = _memory_bytes()
+    return f"{os.cpu_count()} cores of {_processor()}" + (f", {memory / 2**30:.0f} GiB" if memory else "")
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not a POSIX system, or one that does not tell
+        return None
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Where numbers come from: date, machine (a sentence), hardware (its facts) and versions, `packages`' among them."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine_sentence(),
+        "hardware": machine(),
+        "versions": versions(*packages),
+    }
+
+
+def write_json(path: Path | str, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_results(name: str, rows: list[dict[str, Any]], folder: Path | str, **facts: Any) -> Path:
     """Write one benchmark's rows to `<folder>/<machine_name()>/<name>.json` with machine, versions and date.
 
@@ -228,7 +263,8 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | str, **f
         name: the benchmark's name.
         rows: one dict a measured row.
         folder: normally `benchmarks/results`.
-        facts: anything else worth keeping (goals, floors, notes, `packages` to list versions of).
+        facts: anything else worth keeping (`title` and `table` for the README, see docs/generate_tables.py; goals, notes),
+            and `packages` to list versions of.
 
     Returns:
         the file's path.
@@ -236,15 +272,5 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | str, **f
     packages = facts.pop("packages", ())
     path = Path(folder) / machine_name() / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "name": name,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "machine": machine(),
-        "versions": versions(*packages),
-        **facts,
-        "rows": rows,
-    }
-    temporary = path.with_suffix(".json.partial")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, {"name": name, **provenance(*packages), **facts, "rows": rows})
     return path
