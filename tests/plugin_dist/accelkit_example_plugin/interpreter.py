@@ -26,6 +26,10 @@ class _Counting(fx.Interpreter):
         return super().call_function(target, args, kwargs)
 
 
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 class InterpreterEngine(Engine):
     """Attributes: counts, operator -> how often it ran since the engine was made, over all threads."""
 
@@ -40,7 +44,9 @@ class InterpreterEngine(Engine):
             outputs: Sequence[torch.Tensor] = run.run(*inputs)
         with self._lock:
             self.counts += run.counts
-        return outputs
+        # a caller may write into a result: it must never be the caller's own input or a weight
+        lent = {_memory(t) for t in (*inputs, *self._graph.parameters(), *self._graph.buffers())}
+        return tuple(output.clone() if _memory(output) in lent else output for output in outputs)
 
     def describe(self) -> EngineFacts:
         operators = sum(node.op == "call_function" for node in self._graph.graph.nodes)
