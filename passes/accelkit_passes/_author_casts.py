@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import fx
 
-_UPCAST = re.compile(r"\.float\(|float32|torch\.float\b|\.to\(float\)")
-_CAST_BACK = re.compile(r"\.dtype\b|type_as\(|\b(input|orig|original|in|target|out|output|weight|x|model)_d?type\b|\.type\(")
+_UPCAST = re.compile(r"\.float\(|\b(to|type)\([^)]*(float32|torch\.float\b|\bfloat\b)|dtype=torch\.float(32)?\b")
+_OTHERS = re.compile(r"\btype_as\(|\b(to|type)\([^)]*(\.dtype\b|\w_d?type\b|\bdtype\b|\.device\b|\bdevice\b)")
 
 
 def says_float32(node: fx.Node) -> bool | None:
-    """True for an upcast, False for a cast to some other tensor's dtype, None where the source line does not tell."""
+    """True for an upcast, False for a cast to some other tensor's dtype or device, None where the source line does not tell."""
     lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    line = lines[-1].split("#")[0] if lines else ""
-    upcast, cast_back = bool(_UPCAST.search(line)), bool(_CAST_BACK.search(line))
-    return None if upcast == cast_back else upcast
+    line = lines[-1].split("#")[0] if lines else ""  # torch.export keeps the lines of modules' forward, not of functions in it
+    if bool(_UPCAST.search(line)) != bool(_OTHERS.search(line)):
+        return bool(_UPCAST.search(line))
+    if node.target == torch.ops.aten.to.dtype_layout and not _UPCAST.search(line):
+        return False  # how torch.export writes `.to(device)`
+    return None
 
 
 def module_path(node: fx.Node) -> str | None:

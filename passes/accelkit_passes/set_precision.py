@@ -95,6 +95,7 @@ class _Rewriter:
         self.masks = MaskConstants(graph, self.dtype, result.rewrote)
         tensors = [v for v in self.original.values() if isinstance(v, torch._subclasses.FakeTensor)]
         self.mode = tensors[0].fake_mode if tensors else None
+        self.outputs = [graphs.val(r) if isinstance(r, fx.Node) else r for r in graph.graph.output_node().args[0]]  # type: ignore[union-attr]
         self.moved_inputs = _moved_inputs(graph)
 
     def run(self) -> None:
@@ -127,13 +128,14 @@ class _Rewriter:
             self.kinds[node] = _Kind.LOW
 
     def output(self, node: fx.Node) -> None:
-        def restored(value: fx.Node) -> fx.Node:
-            before = self.original[value]
+        def restored(value: Any, before: Any) -> Any:
             if isinstance(before, torch.Tensor) and graphs.val(value).dtype != before.dtype:
                 return self.cast(value, before.dtype, node)
             return value
 
-        node.args = fx.node.map_arg(node.args, restored)
+        (results,) = node.args
+        assert isinstance(results, (tuple, list))
+        node.args = (tuple(restored(r, b) for r, b in zip(results, self.outputs, strict=True)),)
 
     # --- operators
 
@@ -207,6 +209,9 @@ class _Rewriter:
             self.kinds[node] = _Kind.WAITING
         elif before == torch.float32 and (source.op == "placeholder" or (kind == _Kind.LOW and meant is False)):
             self.to_dtype(node, self.dtype)  # a no-op once more
+        elif source in self.before_cast and meant is not False:
+            self.stand_in(node, source)  # x.float() twice: nobody casts back what was only just cast
+            self.kinds[node] = _Kind.AUTHOR
         elif kind == _Kind.LOW:
             if before == torch.float32:
                 self.before_cast[node] = source
@@ -339,11 +344,7 @@ class _Rewriter:
         device = (graphs.bound_arguments(node) or {}).get("device")
         source = node.all_input_nodes[0]
         if dtype == self.dtype and (device is None or device == graphs.val(source).device):
-            replacement = self.narrow(source, node)
-            node.replace_all_uses_with(replacement)
-            self.kinds[node] = self.kinds[replacement] = _Kind.LOW
-            self.casts[node, dtype] = replacement
-            self.result.rewrote(node)
+            self.stand_in(node, self.narrow(source, node))
             return
         bound = graphs.bound_arguments(node) or {}
         if "dtype" in bound:
@@ -357,6 +358,12 @@ class _Rewriter:
         self.finish(node, node.args, node.kwargs, _Kind.AUTHOR)
 
     # --- mechanics
+
+    def stand_in(self, node: fx.Node, value: fx.Node) -> None:
+        """Let `value` take the place of a cast that has nothing to do."""
+        node.replace_all_uses_with(value)
+        self.graph.graph.erase_node(node)
+        self.result.rewrote(node)
 
     def rearrange(self, node: fx.Node, change: Any) -> None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), change)
@@ -377,7 +384,7 @@ class _Rewriter:
     def new_node(self, target: Any, args: Any, at: fx.Node, kwargs: Any = None) -> fx.Node:
         node = self.graph.graph.call_function(target, args, kwargs or {})
         node.meta = {k: v for k, v in at.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        node.meta["val"] = self.infer(node, node.args, node.kwargs)
+        self.set_value(node, self.infer(node, node.args, node.kwargs))
         self.kinds[node] = _Kind.LOW if _is(node, self.dtype) else _Kind.WIDE
         return node
 
