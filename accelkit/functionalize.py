@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
 
@@ -28,9 +30,39 @@ def remove_in_place_operators(graph: fx.Graph) -> bool:
                 or not _is_private(node, written, families, order)
             ):
                 return False
+            before, after = graphs.val(node), _value_of(functional, node)
+            if after is None or _layout(after) != _layout(before):
+                return False  # a later view may need the strides that the written tensor had
             node.target = functional
-            written.replace_all_uses_with(node, delete_user_cb=lambda user, at=node: order[user] > order[at])  # type: ignore[misc]
+            result = node if after.dtype == before.dtype else _cast(graph, node, after)
+            written.replace_all_uses_with(result, delete_user_cb=lambda user, at=node: order.get(user, 0) > order[at])  # type: ignore[misc]
+            order[result], families[result] = order[node], families[node]
     return True
+
+
+def _layout(value: torch.Tensor) -> str:
+    return f"{value.shape} {value.stride()} {value.device}"  # as text: comparing symbolic sizes would add guards
+
+
+def _value_of(functional: torch._ops.OpOverload, node: fx.Node) -> torch.Tensor | None:
+    """The fake result of the functional form: it may promote where writing in place keeps the dtype (`y.add_(a_double)`)."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), graphs.val)
+    mode = next((v.fake_mode for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, FakeTensor)), None)
+    if mode is None:
+        return None
+    with mode, torch.no_grad():
+        result = functional(*args, **kwargs)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def _cast(graph: fx.Graph, node: fx.Node, promoted: torch.Tensor) -> fx.Node:
+    # PyTorch computes in the promoted dtype and rounds to the written tensor's: so do these two
+    with graph.inserting_after(node):
+        cast = graph.call_function(torch.ops.aten.to.dtype, (node, graphs.val(node).dtype))
+    cast.meta = dict(node.meta)
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    node.meta = dict(node.meta) | {"val": promoted}
+    return cast
 
 
 def _functional_overload(node: fx.Node) -> torch._ops.OpOverload | None:
@@ -75,8 +107,7 @@ def _is_private(
         if order[member] > order[node] or any(order[user] > order[node] for user in member.users):
             return False
     value, result = graphs.val(written), graphs.val(node)
-    # relu_(x) keeps x's dtype and shape; the functional form may promote or broadcast
-    return isinstance(value, torch.Tensor) and value.dtype == result.dtype and value.shape == result.shape
+    return isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.shape == result.shape
 
 
 def _descends_in_place(member: fx.Node, written: fx.Node) -> bool:

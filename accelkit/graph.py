@@ -71,9 +71,21 @@ def bound_arguments(node: fx.Node) -> dict[str, Any] | None:
     return bound
 
 
+# Their schemas say nothing of it, but in training mode they update the running statistics: argument of the mode.
+_UPDATES_RUNNING_STATISTICS = {
+    "aten::batch_norm": "training", "aten::native_batch_norm": "training", "aten::instance_norm": "use_input_stats",
+}  # fmt: skip
+
+
 def is_mutating(node: fx.Node) -> bool:
     """Whether the node writes into one of its arguments."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    mode = _UPDATES_RUNNING_STATISTICS.get(node.target._schema.name)
+    if mode is not None:
+        bound = bound_arguments(node) or {}
+        return bool(bound[mode]) and bound["running_mean"] is not None
+    return node.target._schema.is_mutable
 
 
 def is_random(node: fx.Node) -> bool:
@@ -134,7 +146,7 @@ _MAY_RETURN_INPUT = frozenset(
     for name in (
         "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "type_as", "lift",
         "conj_physical", "dequantize", "einsum", "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d",
-        "chain_matmul", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "_unsafe_view",
+        "chain_matmul", "cartesian_prod", "sum_to_size", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "_unsafe_view",
     )
 )  # fmt: skip
 
