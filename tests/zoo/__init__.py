@@ -17,8 +17,8 @@ The contract, for tests:
 * `HARD`: name -> HardCase, which the plain path refuses or gets wrong, with `fails_at` and `reason`.
 
 A test of all: `@pytest.mark.parametrize("name", ZOO)`. Nothing is built, nor transformers imported, before `build()`.
-Eager float32 is within 3e-6 of float64 on all of ZOO, so an error above 1e-5 is not rounding (in MORE, mra and xglm cannot
-run in float64).
+Eager float32 is within 3e-6 of float64 on all of ZOO, so an error above 1e-5 is not rounding. (In MORE, mra and xglm
+cannot run in float64.)
 Inputs of text have real padding masks with rows of different lengths. Outputs vary (no NaN, no constant).
 """
 
