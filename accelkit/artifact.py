@@ -20,6 +20,7 @@ write its hashes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -73,19 +74,15 @@ def write(path: str | os.PathLike[str], manifest: Mapping[str, Any], members: Ma
             raise ArtifactError(f"{name!r} cannot be the name of a member of {path}: use letters, digits, and ._-/")
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb+") as file:
-            try:
+        try:
+            with open(temporary, "xb+") as file:
                 _write(file, path, manifest, members)
                 file.flush()
                 os.fsync(file.fileno())
-            except BaseException:
-                file.close()
-                temporary.unlink(missing_ok=True)
-                raise
-        try:
             os.replace(temporary, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise
         _sync_folder(path.parent)
     except OSError as error:
@@ -298,6 +295,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     except ArtifactError:
         raise
     except OSError as error:
+        if error.errno == errno.EINVAL:  # a place before the file's start: an offset is wrong
+            _damaged(path, f"{type(error).__name__}: {error}")
         raise ArtifactError(f"cannot read {path}: {error.strerror or error}") from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError, OverflowError, EOFError, struct.error,
             KeyError, TypeError, AttributeError, MemoryError) as error:  # fmt: skip

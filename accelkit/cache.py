@@ -199,9 +199,9 @@ class EngineCache:
             return []  # no such folder: nothing is in it
 
     def _refuse(self, path: Path, error: ArtifactError) -> None:
-        if isinstance(error.__cause__, FileNotFoundError):
+        if isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             return
-        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, EOFError):
+        if isinstance(error.__cause__, OSError):
             _warn(f"an engine in the cache cannot be read: {error.__cause__}", f"make {self.folder} readable")
             return
         with contextlib.suppress(OSError):
