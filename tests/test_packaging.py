@@ -131,9 +131,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_both_packages_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "accelkit").rglob("*.py")}
-    sources |= {str(path.relative_to(ROOT / "passes")) for path in (ROOT / "passes" / "accelkit_passes").rglob("*.py")}
-    assert sources <= names
+    packages = {ROOT: ROOT / "accelkit", ROOT / "passes": ROOT / "passes" / "accelkit_passes"}
+    for above, package in packages.items():
+        files = {path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {str(path.relative_to(above)) for path in files} <= names  # data files too
     assert {"accelkit/py.typed", "accelkit_passes/py.typed"} <= names
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {
