@@ -116,9 +116,7 @@ class _WideRun:
         self.graph = graph
         nodes = list(graph.graph.nodes)
         self.last_use = {used: node for node in nodes for used in node.all_input_nodes}
-        self.written = {
-            root for n in nodes if graphs.is_mutating(n) for a in graphs.aliases(n) for root in graphs.storage_roots(a)
-        }
+        self.written = graphs.written_roots(graph.graph)
 
     @torch.no_grad()
     def run(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:

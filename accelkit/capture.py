@@ -30,6 +30,7 @@ from accelkit.signature import Binder, Constant, Signature, TensorSpec, leaf_nam
 from accelkit.twin import clone_inputs, eval_twin, no_fused_multi_head_attention, quiet, require_usable
 
 aten = torch.ops.aten
+_LOGGERS = ("torch.export", "torch.fx.experimental", "torch._subclasses.fake_tensor")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Program:
         graph: the accelkit graph (see accelkit.graph); parameters are shared with the model.
         signature: how arguments become the graph's inputs, and its outputs the model's.
         exported: the torch.export program that it came from, for artifacts.
-        inputs: the example inputs' tensors (the caller's own), in the graph's order.
+        inputs: copies of the example inputs' tensors, in the graph's order.
     """
 
     graph: fx.GraphModule
@@ -74,10 +75,10 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
     """
     twin = eval_twin(require_usable(model))
     binder = Binder.of(twin)
-    args, kwargs = binder.bind(args, kwargs)
+    args, kwargs = clone_inputs(binder.bind(args, kwargs))  # the caller may go on to change the example
     dims = _dims_by_leaf(binder, args, kwargs, dynamic_shapes)
     example = _widened((args, kwargs), dims)
-    exported = _export(twin, example, dims)
+    exported = _export(twin, example, dims, binder)
     tensors = tuple(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
     return from_exported(exported, binder, (args, kwargs), dims, tensors)
 
@@ -95,7 +96,7 @@ def from_exported(
     _erase_checks(graph)
     leaves, in_spec = pytree.tree_flatten(canonical)
     out_spec = _out_spec(graph)
-    inputs = _flatten_inputs(graph, leaves, leaf_names(canonical))
+    inputs = _flatten_inputs(graph, leaves, leaf_names(canonical, binder))
     outputs, results = _flatten_outputs(graph)
     graph.graph.set_codegen(fx.graph.CodeGen())
     graph = fx.GraphModule(
@@ -119,7 +120,7 @@ def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
         CaptureError: torch.export refuses the graph at these shapes.
     """
     try:
-        with torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
+        with torch.no_grad(), no_fused_multi_head_attention(), quiet(*_LOGGERS):
             exported = torch.export.export(program.graph, clone_inputs(tensors), strict=False)
     except Exception as error:
         raise CaptureError(_refusal(program.graph, error)) from error
@@ -128,19 +129,25 @@ def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
     inputs = tuple(
         dataclasses.replace(i, shape=next(shapes).shape) if isinstance(i, TensorSpec) else i for i in program.signature.inputs
     )
-    signature = dataclasses.replace(program.signature, inputs=inputs, results=flat.signature.results, ranges={}, dims={})
+    # a size among the outputs has become a number
+    outputs = tuple(o if isinstance(o, Constant) else flat.signature.outputs[o] for o in program.signature.outputs)
+    signature = dataclasses.replace(
+        program.signature, inputs=inputs, outputs=outputs, results=flat.signature.results, ranges={}, dims={}
+    )
     return dataclasses.replace(flat, signature=signature)
 
 
 # --- exporting
 
 
-def _export(twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]]) -> torch.export.ExportedProgram:
+def _export(
+    twin: nn.Module, example: Any, dims: dict[int, dict[int, Dim]], binder: Binder
+) -> torch.export.ExportedProgram:
     args, kwargs = clone_inputs(example)
-    shapes = _dynamic_shapes(example, dims)
+    shapes = _dynamic_shapes(example, dims, binder)
     printed = io.StringIO()  # a refused export prints its half-made graph; the error says what matters of it
     try:
-        with contextlib.redirect_stderr(printed), torch.no_grad(), no_fused_multi_head_attention(), quiet("torch.export", "torch.fx.experimental"):
+        with contextlib.redirect_stderr(printed), torch.no_grad(), no_fused_multi_head_attention(), quiet(*_LOGGERS):
             exported = torch.export.export(twin, args, kwargs, dynamic_shapes=shapes, strict=False)
             if not remove_in_place_operators(exported.graph_module.graph):
                 exported = torch.export.export(
@@ -166,7 +173,8 @@ def _user_frame(error: BaseException) -> str:
     trace, found = error.__traceback__, None
     while trace is not None:
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch.", "accelkit.", "contextlib", "sympy")) and module != "torch":
+        ours = module == "torch" or module.startswith(("torch.", "accelkit.", "contextlib", "sympy"))
+        if not ours and not trace.tb_frame.f_code.co_filename.startswith("<"):
             found = trace
         trace = trace.tb_next
     return f" at {found.tb_frame.f_code.co_filename}:{found.tb_lineno}" if found else ""
@@ -190,7 +198,7 @@ def _dims_by_leaf(
         dynamic_shapes = dict(zip(names, dynamic_shapes, strict=False))
     if not isinstance(dynamic_shapes, dict):
         raise InputError(f"dynamic_shapes must be a dict by input name or a tuple, not {type(dynamic_shapes).__name__}")
-    leaves = leaf_names((args, kwargs))
+    leaves = leaf_names((args, kwargs), binder)
     values = pytree.tree_leaves((args, kwargs))
     found: dict[int, dict[int, Dim]] = {}
     for name, spec in dynamic_shapes.items():
@@ -259,7 +267,7 @@ def _widened(tree: Any, dims: dict[int, dict[int, Dim]]) -> Any:
     return resized(tree, dims, sizes) if sizes else tree
 
 
-def _dynamic_shapes(example: Any, dims: dict[int, dict[int, Dim]]) -> Any:
+def _dynamic_shapes(example: Any, dims: dict[int, dict[int, Dim]], binder: Binder) -> Any:
     if not dims:
         return None
     exported: dict[str, Any] = {}
@@ -276,18 +284,7 @@ def _dynamic_shapes(example: Any, dims: dict[int, dict[int, Dim]]) -> Any:
             entry[position] = exported[dim.name]
         specs.append(entry if isinstance(leaf, torch.Tensor) else None)
     args_spec, kwargs_spec = pytree.tree_unflatten(specs, spec)
-    return _by_parameter(args_spec, kwargs_spec)
-
-
-def _by_parameter(args_spec: tuple[Any, ...], kwargs_spec: dict[str, Any]) -> Any:
-    # torch.export wants one dict by parameter name where there are keywords, else a tuple.
-    if not args_spec:
-        return dict(kwargs_spec)
-    if not kwargs_spec:
-        return tuple(args_spec)
-    raise InputError(
-        "dynamic_shapes is not supported for a forward with both positional-only (or *args) and keyword inputs"
-    )
+    return binder.by_parameter(args_spec, kwargs_spec)
 
 
 # --- flattening

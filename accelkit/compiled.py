@@ -4,10 +4,14 @@
                          -> none covers them: the captured program or the model itself, counted, or an InputError
 
 Calls may come from several threads. Results carry no gradients: a compiled model is for inference.
+
+Its weights are the model's as they were when it was built. Engines copy, fold or share them, so weights that are changed in
+place afterwards may reach some engines and not others: the next call warns, and `refit(model.state_dict())` brings all in line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,16 +23,19 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from accelkit import graph as graphs
 from accelkit.capture import Program
-from accelkit.errors import AccelkitError, InputError
+from accelkit.errors import AccelkitError, InputError, LoweringError, warn
 from accelkit.lowering import Lowered
 from accelkit.report import Report
 from accelkit.signature import Signature, TensorSpec
+from accelkit.twin import same_buffers, version
 
 if TYPE_CHECKING:
     from accelkit.pipeline import Plan
 
 _MAX_ROUTES = 4096
+_MAX_REASONS = 100  # each uncovered shape is a reason of its own
 
 
 @dataclass
@@ -71,18 +78,22 @@ class CompiledModel:
 
     def __init__(self, plan: Plan, built: Built | None = None) -> None:
         self._plan = plan
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # builds and refits, one at a time; calls go on meanwhile
+        self._counting = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._built: Built | None = None
         self._routes: dict[Any, Variant | str] = {}
-        self._binders: dict[Any, Callable[..., list[Any]] | None] = {}
+        self._binders: dict[Any, Callable[..., list[Any] | None] | None] = {}
+        self._watched: tuple[tuple[torch.Tensor, int | None], ...] = ()
         if built is not None:
             self._install(built)
 
     def _install(self, built: Built) -> None:
-        self._routes, self._binders = {}, {}
-        self._built = built
+        with self._counting:
+            self._routes, self._binders = {}, {}
+            self._watched = _weights_of(built)
+            self._built = built
 
     # --- calling
 
@@ -96,6 +107,10 @@ class CompiledModel:
         built = self._built
         if built is None:
             built = self._build(args, kwargs)
+        for tensor, version in self._watched:
+            if tensor._version != version:
+                self._tell_changed()
+                break
         if built.call is not None:
             self._count("captured pieces")
             return built.call(*args, **kwargs)
@@ -109,8 +124,7 @@ class CompiledModel:
             if variant is None:
                 variant = self._route(built, shapes, tensors)
             if not isinstance(variant, str):
-                self._count(variant.label)
-                return _result(variant, variant.lowered.call(*tensors))
+                return self._run(built, variant, tensors, args, kwargs)
             return self._fall_back(built, variant, args, kwargs)
         return self._general_call(built, args, kwargs)
 
@@ -127,11 +141,34 @@ class CompiledModel:
                 continue
             uncovered = variant.signature.covers(tensors)
             if uncovered is None:
-                self._count(variant.label)
-                return _result(variant, variant.lowered.call(*tensors))
+                return self._run(built, variant, tensors, args, kwargs)
             reason = reason or uncovered
         built.variants[0].signature.binder.bind(args, kwargs)  # what forward does not take is an error, fallback or not
         return self._fall_back(built, reason, args, kwargs)
+
+    def _run(
+        self, built: Built, variant: Variant, tensors: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            results = variant.lowered.call(*tensors)
+        except (LoweringError, InputError) as error:
+            # an engine that cannot take these very values (a size of 0, an index out of range): the model itself decides
+            if not self._plan.fallback or built.fallback is None:
+                raise
+            reason = f"{variant.label}: {error}"
+            warn(f"an engine failed, so this call runs on the original model: {reason}")
+            return self._fall_back(built, reason, args, kwargs)
+        self._count(variant.label)
+        return _result(variant, results)
+
+    def _tell_changed(self) -> None:
+        with self._counting:
+            told, self._watched = not self._watched, ()
+        if not told:
+            warn(
+                "the model's weights were changed after optimize(): the compiled model may hold the old ones, in whole or in part; "
+                "call refit(model.state_dict())"
+            )
 
     def _route(self, built: Built, shapes: Any, tensors: list[torch.Tensor]) -> Variant | str:
         reasons = []
@@ -144,7 +181,7 @@ class CompiledModel:
             reasons.append(uncovered)
         if route is None:
             route = reasons[-1]
-        with self._lock:
+        with self._counting:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
             if self._built is built:
@@ -156,13 +193,15 @@ class CompiledModel:
             covered = " | ".join(v.signature.coverage() for v in built.variants)
             without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
             raise InputError(f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}")
-        self._count("fallback")
-        self._reasons[reason] += 1
-        with torch.no_grad():
+        with self._counting:
+            self._counts["fallback"] += 1
+            self._reasons[reason if reason in self._reasons or len(self._reasons) < _MAX_REASONS else "other reasons"] += 1
+        stateful = built.program is not None and bool(graphs.written_roots(built.program.graph.graph))
+        with torch.no_grad(), same_buffers(built.fallback) if stateful else contextlib.nullcontext():
             return built.fallback(*args, **kwargs)
 
     def _count(self, label: str) -> None:
-        with self._lock:
+        with self._counting:
             self._counts[label] += 1
 
     # --- building
@@ -187,7 +226,7 @@ class CompiledModel:
 
     def stats(self) -> dict[str, Any]:
         """Calls so far: in all, by variant, on the fallback, and why calls fell back (reason -> calls)."""
-        with self._lock:
+        with self._counting:
             counts, reasons = dict(self._counts), dict(self._reasons)
         fallback = counts.pop("fallback", 0)
         return {
@@ -238,6 +277,16 @@ class CompiledModel:
 _UNSEEN: Any = object()
 
 
+def _weights_of(built: Built) -> tuple[tuple[torch.Tensor, int | None], ...]:
+    """The program's weights with their counts of writes; without buffers that the program itself writes to."""
+    if built.program is None:
+        return ()
+    graph = built.program.graph
+    written = {id(graphs.attribute(graph, str(n.target))) for n in graphs.written_roots(graph.graph) if n.op == "get_attr"}
+    tensors = {id(t): t for _, t in graphs.tensor_attributes(graph) if id(t) not in written and not t.is_inference()}
+    return tuple((t, version(t)) for t in tensors.values())
+
+
 def _result(variant: Variant, results: Sequence[Any]) -> Any:
     signature = variant.signature
     if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
@@ -262,7 +311,7 @@ def _quick_binder(
     except InputError:
         return None
     wanted = [i.name for i in signature.inputs]
-    given = {f"args[{i}]": a for i, a in enumerate(args)} | kwargs
+    given = {signature.binder.positional_name(i): a for i, a in enumerate(args)} | kwargs
     if sorted(given) != sorted(wanted):
         return None
     where: list[int | str] = []

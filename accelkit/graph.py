@@ -168,6 +168,12 @@ def storage_roots(node: fx.Node) -> frozenset[fx.Node]:
     return frozenset(n for n in memory_family(node) if n.op in ("placeholder", "get_attr"))
 
 
+def written_roots(graph: fx.Graph) -> frozenset[fx.Node]:
+    """The placeholders and get_attr nodes that the graph writes to."""
+    written = [argument for node in graph.nodes if is_mutating(node) for argument in aliases(node)]
+    return frozenset(root for argument in written for root in storage_roots(argument))
+
+
 def describe_value(value: Any) -> str:
     """`f32[s0, 8]` for a tensor, the number for a size, a tuple of those for several results."""
     if isinstance(value, torch.Tensor):

@@ -119,6 +119,7 @@ def lower(
     while True:
         _refuse_run_time_numbers(graph, refused)
         stages = _stages(graph, refused)
+        records = len(context.records)
         try:
             return _compile(graph, stages, refused, backend, inputs, context, store)
         except LoweringError as error:
@@ -126,6 +127,7 @@ def lower(
             if not culprits:
                 raise
             refused.update(culprits)
+            del context.records[records:]  # of pieces that are compiled anew
 
 
 def _computes(node: fx.Node) -> bool:
@@ -238,7 +240,8 @@ def _compile(
     steps: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], int]] = []
     pieces: list[Piece] = []
     torch_operators = 0
-    for index, stage in enumerate([*stages, _Stage(False, [r for r in results if _is_free(r)])]):
+    stages = [*stages, _Stage(False, [r for r in results if _is_free(r)])]
+    for index, stage in enumerate(stages):
         if not stage.nodes:
             continue
         later = {i for s in stages[index + 1 :] for n in s.nodes for i in _tensor_inputs(n)} | set(results)

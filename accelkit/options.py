@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from accelkit import plugins
 from accelkit.backend_api import Backend
 from accelkit.capture import Program
-from accelkit.errors import BackendUnavailableError, InputError
+from accelkit.errors import AccelkitError, BackendUnavailableError, InputError
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.precision import Precision
 from accelkit.signature import TensorSpec
@@ -81,7 +81,10 @@ def resolve_backend(target: str | Backend, precision: Precision, device: str) ->
 
 
 def _has(name: str, precision: Precision) -> bool:
-    return precision.name in plugins.find(plugins.BACKENDS, name).precisions
+    try:
+        return precision.name in plugins.find(plugins.BACKENDS, name).precisions
+    except AccelkitError:  # someone's broken plug-in must not hide the message that asks
+        return False
 
 
 def _first_available(precision: Precision, device: str) -> Backend:

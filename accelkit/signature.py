@@ -70,6 +70,18 @@ class Binder:
                 named[name] = value
         return tuple(positional), named
 
+    def by_parameter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a canonical call by the parameters of `forward`: those of *args and **kwargs together."""
+        return dict(self._signature.bind(*args, **kwargs).arguments)
+
+    def positional_name(self, index: int) -> str:
+        """What the positional argument `index` of a canonical call is called: its parameter, or `args[2]` inside *args."""
+        plain = [name for name, kind, _ in self.parameters if kind in ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD")]
+        if index < len(plain):
+            return plain[index]
+        rest = next((name for name, kind, _ in self.parameters if kind == "VAR_POSITIONAL"), "args")
+        return f"{rest}[{index - len(plain)}]"
+
     def _is_default(self, name: str, value: Any) -> bool:
         if name not in self._defaults or not isinstance(value, (bool, int, float, str, type(None))):
             return False
@@ -154,13 +166,12 @@ class Signature:
         )
 
     def _structure_message(self, canonical: Any) -> str:
-        given = {pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(canonical)[0]}
-        given = {_leaf_name(g) for g in given}
+        given = set(leaf_names(canonical, self.binder))
         wanted = {i.name for i in self.inputs}
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
         return (
-            f"this call's arguments differ from the captured ones: {'; '.join(parts) or 'other containers'}. "
+            f"this call's arguments differ from the captured ones: {'; '.join(parts) or 'other containers, or their keys in another order'}. "
             f"Captured: {', '.join(i.name for i in self.inputs)}"
         )
 
@@ -230,20 +241,21 @@ class Signature:
         return inputs + "".join(f"; {self._range(symbol)}" for symbol in self.ranges)
 
 
-def _leaf_name(path: str) -> str:
-    """`[1]['pixel_values'][0]` of the canonical (args, kwargs) -> `pixel_values[0]`; `[0][2]` -> `args[2]`."""
-    if path.startswith("[0]"):
-        return "args" + path[3:]
+def _leaf_name(path: str, binder: Binder) -> str:
+    """`[1]['pixel_values'][0]` of the canonical (args, kwargs) -> `pixel_values[0]`; `[0][2]` -> `args[2]` for *args."""
     rest = path[3:]
+    if path.startswith("[0]"):
+        index, _, tail = rest[1:].partition("]")
+        return binder.positional_name(int(index)) + tail
     if rest.startswith("['"):
         name, _, tail = rest[2:].partition("']")
         return name + tail
     return rest
 
 
-def leaf_names(canonical: Any) -> list[str]:
+def leaf_names(canonical: Any, binder: Binder) -> list[str]:
     """Readable names of the leaves of canonical (args, kwargs)."""
-    return [_leaf_name(pytree.keystr(path)) for path, _ in pytree.tree_flatten_with_path(canonical)[0]]
+    return [_leaf_name(pytree.keystr(path), binder) for path, _ in pytree.tree_flatten_with_path(canonical)[0]]
 
 
 _ARITHMETIC = {

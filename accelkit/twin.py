@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from accelkit.errors import CaptureError, InputError
 
@@ -26,7 +27,11 @@ def require_usable(model: object) -> nn.Module:
     if not isinstance(model, nn.Module):
         hint = " (an instance, not the class)" if isinstance(model, type) and issubclass(model, nn.Module) else ""
         raise InputError(f"model must be a torch.nn.Module{hint}, not {model if hint else type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{type(model).__name__} is a TorchScript module, which cannot be captured; give the nn.Module it was made from")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise InputError(f"{name} is not initialised yet (a lazy module); call the model once before optimize()")
         if tensor.is_meta:
             raise InputError(
                 f"{name} is on the meta device and has no data; load the weights (model.to_empty, load_state_dict) first"
@@ -54,20 +59,46 @@ def eval_twin(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Run the model inside and have its parameters and buffers, and the random number generators, as before afterwards."""
-    tensors = {name: (t, t._version, t.detach().clone()) for name, t in model.named_buffers()}
-    devices = list(
-        {t.device.index for t in model.parameters() if t.device.type == "cuda" and t.device.index is not None}
-    )
+def preserved(*models: nn.Module) -> Iterator[None]:
+    """Run models inside and have their buffers, and the random number generators, as before afterwards.
+
+    Buffers that were written to get their values back, those that were replaced (`self.h = self.h + 1`) their tensors.
+    """
+    places = [(m, name, t) for model in models for m in model.modules() for name, t in m._buffers.items() if t is not None]
+    saved = {id(t): (t, version(t), t.detach().clone()) for _, _, t in places}
+    tensors = [*(t for model in models for t in model.parameters()), *(t for _, _, t in places)]
+    devices = list({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})
     with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
+            for module, name, tensor in places:
+                module._buffers[name] = tensor
             with torch.no_grad():
-                for tensor, version, saved in tensors.values():
-                    if tensor._version != version:
-                        tensor.copy_(saved)
+                for tensor, before, values in saved.values():
+                    if before is None or version(tensor) != before:
+                        tensor.copy_(values)
+
+
+def version(tensor: torch.Tensor) -> int | None:
+    """PyTorch's count of in-place writes to the tensor; None for inference tensors, which have none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def same_buffers(model: nn.Module) -> Iterator[None]:
+    """Have what is assigned to a buffer inside (`self.h = self.h + 1`) written into the tensor that was there.
+
+    The twin's buffers are the model's own tensors: a replaced one would be lost to the model and to the engines.
+    """
+    places = [(m, name, t) for m in model.modules() for name, t in m._buffers.items() if t is not None]
+    yield
+    for module, name, tensor in places:
+        now = module._buffers.get(name)
+        if now is not None and now is not tensor and now.shape == tensor.shape and now.dtype == tensor.dtype:
+            with torch.no_grad():
+                tensor.copy_(now)
+            module._buffers[name] = tensor
 
 
 def clone_inputs(tree: Any) -> Any:
