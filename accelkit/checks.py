@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
-from accelkit.accuracy import OutputError, check_outputs, reference_outputs
+from accelkit.accuracy import OutputError, check_outputs, reference_outputs, relative_error
 from accelkit.capture import Program
 from accelkit.errors import AccuracyError, warn
 from accelkit.lowering import EngineStore, Lowered
@@ -60,10 +60,14 @@ def check(
     """
     checked = Checked()
     original = _original(program, model)
-    owner = model if model is not None else program.graph
-    with preserved(owner), torch.no_grad():
-        results = tuple(lowered.call(*clone_inputs(program.inputs)))
-    checked.samples = (program.inputs, results)
+    owners = (program.graph,) if model is None else (program.graph, model)
+    try:
+        with preserved(*owners), torch.no_grad():
+            results = tuple(lowered.call(*clone_inputs(program.inputs)))
+    except Exception:
+        run_original(program, model)
+        raise
+    checked.samples = (program.inputs, _apart(results, program))
     random = [n.name for n in graph.graph.nodes if graphs.is_random(n)]
     remembered = store.recall(program, lowered, tolerance, results) if not random else None
     if remembered is not None:
@@ -73,7 +77,7 @@ def check(
         checked.notes.append(f"not compared with float64: the model is random by itself ({', '.join(random[:3])})")
     else:
         _judge(checked, program, results, original, model, precision, tolerance)
-    with preserved(owner), torch.no_grad():
+    with preserved(*owners), torch.no_grad():
         inputs = clone_inputs(program.inputs)
         device = inputs[0].device if inputs else torch.device("cpu")
         checked.timings = interleaved(
@@ -95,9 +99,10 @@ def _judge(
     tolerance: float | None,
 ) -> None:
     names = [_output_name(program, i) for i in range(len(results))]
-    owner = model if model is not None else program.graph
-    with preserved(owner), torch.no_grad():
+    owners = (program.graph,) if model is None else (program.graph, model)
+    with preserved(*owners), torch.no_grad():
         plain = _graph_order(program, original()) if model is not None else original()
+    own = plain
     if precision.dtype != torch.float32:
         plain = _plain_in(precision.dtype, program, model, checked.notes)
     try:
@@ -108,6 +113,8 @@ def _judge(
             return
         checked.notes.append(f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})")
         reference = plain
+    if model is not None and tolerance is None and any(map(_far, own, reference)):
+        _require_same_program(program, own, names, owners)
     _tell_non_finite(checked.notes, program, reference)
     checked.accuracy = check_outputs(results, reference, plain, names, precision, tolerance)
     wrong = [o for o in checked.accuracy if not o.ok]
@@ -117,6 +124,42 @@ def _judge(
             f"the compiled model is further from float64 than allowed: {listed}. Use a wider precision, keep the operators that "
             "need it in fp32, or allow more with tolerance=..."
         )
+
+
+_SAME_PROGRAM = 1e-2
+"""Largest relative difference between the model and its captured program: the same kernels run in the same dtypes."""
+
+
+def _far(own: Any, reference: Any) -> bool:
+    floats = isinstance(own, torch.Tensor) and isinstance(reference, torch.Tensor) and own.is_floating_point()
+    return floats and relative_error(own, reference) > _SAME_PROGRAM
+
+
+def _require_same_program(program: Program, plain: Sequence[Any], names: list[str], owners: tuple[nn.Module, ...]) -> None:
+    with preserved(*owners), torch.no_grad():
+        captured = program.graph(*clone_inputs(program.inputs))
+    for name, ours, own in zip(names, captured, plain, strict=True):
+        if _far(own, ours):
+            raise AccuracyError(
+                f"the captured program computes {name} other than the model itself (relative difference "
+                f"{relative_error(ours, own):.2e}), before any pass: the model depends on something that capture cannot see. "
+                "tolerance=... switches this comparison off"
+            )
+
+
+def run_original(program: Program, model: nn.Module | None) -> None:
+    """Run the original on the example: an exception of the model's own is the one to see, not what a backend makes of it."""
+    owners = (program.graph,) if model is None else (program.graph, model)
+    with preserved(*owners), torch.no_grad():
+        _original(program, model)()
+
+
+def _apart(results: Sequence[Any], program: Program) -> tuple[Any, ...]:
+    # an output that is a weight would change with it
+    weights = {t.untyped_storage()._cdata for _, t in graphs.tensor_attributes(program.graph)}
+    return tuple(
+        r.clone() if isinstance(r, torch.Tensor) and r.untyped_storage()._cdata in weights else r for r in results
+    )
 
 
 def _shown(output: OutputError) -> str:
@@ -169,15 +212,15 @@ def _plain_in(dtype: torch.dtype, program: Program, model: nn.Module | None, not
     for tensor in [*model.parameters(), *model.buffers()]:
         narrow = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
         cast[id(tensor)] = nn.Parameter(narrow, requires_grad=False) if isinstance(tensor, nn.Parameter) else narrow
-    narrow_model = copy.deepcopy(model, cast)
     args, kwargs = pytree.tree_map(
         lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
         clone_inputs(example_call(program)),
     )
     try:
+        narrow_model = copy.deepcopy(model, cast)
         with torch.no_grad(), no_fused_multi_head_attention():
             return _graph_order(program, narrow_model(*args, **kwargs))
-    except RuntimeError as error:  # a dtype baked into the model's own code
+    except Exception as error:  # noqa: BLE001 - a dtype baked into the model's own code may raise anything
         notes.append(f"plain PyTorch cannot run this model in {dtype} ({_first_line(error)}); the error has a fixed bound instead")
         return None
 

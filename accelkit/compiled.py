@@ -92,7 +92,7 @@ class CompiledModel:
     def _install(self, built: Built) -> None:
         with self._counting:
             self._routes, self._binders = {}, {}
-            self._watched = _weights_of(built)
+            self._watched = weights_of(built.program)
             self._built = built
 
     # --- calling
@@ -277,11 +277,11 @@ class CompiledModel:
 _UNSEEN: Any = object()
 
 
-def _weights_of(built: Built) -> tuple[tuple[torch.Tensor, int | None], ...]:
+def weights_of(program: Program | None) -> tuple[tuple[torch.Tensor, int | None], ...]:
     """The program's weights with their counts of writes; without buffers that the program itself writes to."""
-    if built.program is None:
+    if program is None:
         return ()
-    graph = built.program.graph
+    graph = program.graph
     written = {id(graphs.attribute(graph, str(n.target))) for n in graphs.written_roots(graph.graph) if n.op == "get_attr"}
     tensors = {id(t): t for _, t in graphs.tensor_attributes(graph) if id(t) not in written and not t.is_inference()}
     return tuple((t, version(t)) for t in tensors.values())

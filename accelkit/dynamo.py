@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from accelkit.capture import capture
-from accelkit.compiled import Built
+from accelkit.compiled import Built, weights_of
 from accelkit.errors import CaptureError, InputError, warn
 from accelkit.report import Report, VariantReport
 from accelkit.twin import clone_inputs, preserved, quiet
@@ -87,21 +87,23 @@ class _Piece:
     def __init__(self, plan: Plan, report: Report, graph: fx.GraphModule, index: int) -> None:
         self.plan, self.report, self.graph, self.index = plan, report, graph, index
         self._static = _static_inputs(graph)
-        self._built: dict[Any, Callable[..., Any]] = {}
+        self._built: dict[Any, _Run] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
             return self._plain(inputs, "gradients are wanted here, and engines are for inference: call it under torch.no_grad()")
         key = tuple(
-            (i.shape, i.dtype, i.device) if isinstance(i, torch.Tensor) and n not in self._static else id(i) if n in self._static else i
+            id(i) if n in self._static else (i.shape, i.dtype, i.device) if isinstance(i, torch.Tensor) else i
             for n, i in enumerate(inputs)
         )
         run = self._built.get(key)
-        if run is None:
+        if run is None or run.outdated():
             with self._lock:
-                run = self._built.get(key) or self._build(key, inputs)
-        return run(*inputs)
+                run = self._built.get(key)
+                if run is None or run.outdated():
+                    run = self._build(key, inputs)
+        return run.call(*inputs)
 
     def _plain(self, inputs: Sequence[Any], reason: str) -> Any:
         self._tell(reason)
@@ -113,22 +115,23 @@ class _Piece:
             self.report.breaks.append(text)
             warn(text)
 
-    def _build(self, key: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-        if len(self._built) >= MAX_SHAPES:
+    def _build(self, key: Any, inputs: Sequence[Any]) -> _Run:
+        if key not in self._built and len(self._built) >= MAX_SHAPES:
             self._tell(f"more than {MAX_SHAPES} input shapes")
-            return self.graph.forward
+            return _Run(self.graph.forward)
         try:
             run, found = self._lower(inputs)
         except (CaptureError, InputError) as error:
             self._tell(str(error))
-            run = self.graph.forward
+            run = _Run(self.graph.forward)
         else:
             found.label = f"piece {self.index}"
-            self.report.variants.append(found)
+            if key not in self._built:  # else: built anew for changed weights
+                self.report.variants.append(found)
         self._built[key] = run
         return run
 
-    def _lower(self, inputs: Sequence[Any]) -> tuple[Callable[..., Any], VariantReport]:
+    def _lower(self, inputs: Sequence[Any]) -> tuple[_Run, VariantReport]:
         weights = {n: inputs[n] for n in self._static}
         bound = _Bound(self.graph, weights)
         given = tuple(i for n, i in enumerate(inputs) if n not in weights)
@@ -142,7 +145,18 @@ class _Piece:
             leaves = signature.leaves(tuple(flat), {})
             return signature.unflatten(call(*signature.tensors_of(leaves)))
 
-        return run, found
+        return _Run(run, weights_of(program)), found
+
+
+class _Run:
+    """What runs for one combination of shapes, and the weights that it was built from with their counts of writes."""
+
+    def __init__(self, call: Callable[..., Any], weights: tuple[tuple[torch.Tensor, int | None], ...] = ()) -> None:
+        self.call, self._weights = call, weights
+
+    def outdated(self) -> bool:
+        """Whether a weight was changed in place since: torch.compile's users expect such changes to be followed."""
+        return any(tensor._version != version for tensor, version in self._weights)
 
 
 def _static_inputs(graph: fx.GraphModule) -> dict[int, fx.Node]:

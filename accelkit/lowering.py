@@ -94,12 +94,14 @@ class Lowered:
         pieces: what runs in engines.
         refusals: operators that stay in PyTorch, and why.
         torch_operators: number of operators that stay in PyTorch.
+        graph: what was lowered: the graph after the passes.
     """
 
     call: Callable[..., Sequence[Any]]
     pieces: list[Piece]
     refusals: list[Refusal] = field(default_factory=list)
     torch_operators: int = 0
+    graph: fx.GraphModule | None = None
 
 
 def lower(
@@ -232,7 +234,7 @@ def _compile(
     if whole:
         context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
         engine, origin, key = store.build(backend, graph, inputs, context)
-        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin, key)], refusals)
+        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin, key)], refusals, 0, graph)
 
     placeholders = graph.graph.find_nodes(op="placeholder")
     values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
@@ -265,7 +267,7 @@ def _compile(
             slots[node] = len(slots)
     constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr"}
     returned = tuple(constants[r] if r in constants else slots[r] for r in results)
-    return Lowered(_Stitched(steps, returned), pieces, refusals, torch_operators)
+    return Lowered(_Stitched(steps, returned), pieces, refusals, torch_operators, graph)
 
 
 def _results(graph: fx.GraphModule) -> list[fx.Node]:

@@ -138,7 +138,7 @@ def sizes_of(program: Program, sizes: dict[str, int]) -> tuple[torch.Tensor, ...
     for symbol, size in symbols.items():
         low, high = signature.ranges[symbol]
         if size < low or (high is not None and size > high):
-            raise InputError(f"bucket {signature.dims[symbol]}={size} is outside the declared {low} to {high}")
+            raise InputError(f"bucket {signature.dims[symbol]}={size} is outside what the program covers, {low} to {high or 'any size'}")
     grown = []
     for spec, tensor in zip(signature.tensors, program.inputs, strict=True):
         for dimension, size in enumerate(spec.shape):

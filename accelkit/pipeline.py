@@ -16,17 +16,19 @@ from torch import fx, nn
 
 from accelkit.backend_api import Backend, CompileContext
 from accelkit.capture import Program, capture, specialise
-from accelkit.checks import Checked, check
+from accelkit.checks import Checked, check, run_original
 from accelkit.compiled import Built, CompiledModel, Variant
 from accelkit.dims import Dim
-from accelkit.errors import CaptureError, InputError, warn
+from accelkit.errors import CaptureError, InputError, LoweringError, warn
 from accelkit.lowering import EngineStore, lower
+from accelkit.measure import peak_memory
 from accelkit.options import canonical_example, device_type, resolve_backend, resolve_passes, sizes_of
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.pass_runner import count_operators, run_passes
 from accelkit.precision import Precision, as_precision
 from accelkit.progress import Progress
 from accelkit.report import PieceReport, Report, VariantReport
+from accelkit.size_one import without_wrong_ones
 from accelkit.store import open_store
 from accelkit.twin import eval_twin, require_usable
 
@@ -113,9 +115,12 @@ class Plan:
                 from accelkit.dynamo import build_in_pieces
 
                 return build_in_pieces(self, refusal, args, kwargs)
-            return self.build_program(program, stage.seconds, self.twin)
+            program, notes = without_wrong_ones(program, self.twin)
+            return self.build_program(program, stage.seconds, self.twin, notes)
 
-    def build_program(self, program: Program, capture_seconds: float, model: nn.Module | None) -> Built:
+    def build_program(
+        self, program: Program, capture_seconds: float, model: nn.Module | None, notes: Sequence[str] = ()
+    ) -> Built:
         """The same from a captured program on; without the original model where a saved one is loaded."""
         report = self.empty_report()
         variants = []
@@ -123,6 +128,7 @@ class Plan:
             captured = specialise(program, sizes_of(program, sizes)) if sizes else program
             variant, found = self._build_variant(label, captured, model)
             found.seconds = {"capture": capture_seconds} | found.seconds
+            found.notes += notes
             variants.append(variant)
             report.variants.append(found)
         return Built(tuple(variants), model, report, program)
@@ -133,18 +139,28 @@ class Plan:
 
     def _build_variant(self, label: str, program: Program, model: nn.Module | None) -> tuple[Variant, VariantReport]:
         found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
+        with peak_memory() as memory:
+            variant = self._lower_and_check(label, program, model, found)
+        found.peak_memory_bytes = memory.peak_bytes - memory.before_bytes
+        return variant, found
+
+    def _lower_and_check(self, label: str, program: Program, model: nn.Module | None, found: VariantReport) -> Variant:
         graph = copy_graph(program.graph)
         with self.progress.stage("passes", found.seconds):
             found.ledger += run_passes(graph, self.graph_passes)
         with self.progress.stage("lowering", found.seconds), torch.no_grad():
             context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say)
-            lowered = lower(graph, self.backend, program.inputs, context, self.store)
+            try:
+                lowered = lower(graph, self.backend, program.inputs, context, self.store)
+            except LoweringError:
+                run_original(program, model)
+                raise
         found.pieces = [PieceReport(p.operators, p.origin, p.engine.describe()) for p in lowered.pieces]
         found.refusals, found.torch_operators = lowered.refusals, lowered.torch_operators
         with self.progress.stage("checks", found.seconds):
             checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store)
         _tell(found, checked, str(self.backend))
-        return Variant(label, program, lowered, checked.samples), found
+        return Variant(label, program, lowered, checked.samples)
 
     def _bucket_sizes(self, program: Program) -> list[tuple[str, dict[str, int]]]:
         if not self.buckets:

@@ -32,6 +32,8 @@ def refitted(plan: Plan, built: Built, state_dict: dict[str, torch.Tensor]) -> B
         raise InputError("refit() needs a model that torch.export captures whole; this one runs in pieces: call optimize() again")
     model = built.fallback
     if isinstance(model, ProgramModule):
+        if unknown := sorted(set(state_dict) - set(built.program.exported.state_dict)):
+            raise InputError(f"refit(): the model has no {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
         program = _program_with(built.program, _copied(state_dict))
         return dataclasses.replace(plan.build_program(program, 0.0, None), fallback=ProgramModule(program))
     assert model is not None
@@ -70,7 +72,7 @@ def _program_with(program: Program, tensors: dict[str, torch.Tensor]) -> Program
     for node, old in graphs.tensor_attributes(program.graph):  # tied weights: one tensor under several names
         if id(old) in replaced:
             _assign(graph, str(node.target), replaced[id(old)], isinstance(old, nn.Parameter))
-        elif isinstance(old, nn.Parameter):
+        elif str(node.target) in program.exported.state_dict:
             missing.append(str(node.target))
     if missing:
         raise InputError(f"refit(): the state dict lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")

@@ -96,13 +96,16 @@ def _check_key(program: Program, lowered: Lowered, tolerance: float | None) -> s
     from accelkit.fingerprint import graph_fingerprint, tensors_fingerprint, weights_fingerprint
 
     keys = [piece.key for piece in lowered.pieces]
-    if not keys or any(piece.origin != "cache" and not piece.engine.serialize() for piece in lowered.pieces):
+    if not keys or lowered.graph is None or any(piece.origin != "cache" and not piece.engine.serialize() for piece in lowered.pieces):
         return None  # engines that are compiled anew each time are checked anew each time
     parts = [
         "check",
         *keys,
         graph_fingerprint(program.graph, embeds_weights=False),
         weights_fingerprint(program.graph),
+        # the passes' work too: what stays in PyTorch and what they folded is in no engine's key
+        graph_fingerprint(lowered.graph, embeds_weights=False),
+        weights_fingerprint(lowered.graph),
         tensors_fingerprint(program.inputs),
         repr(tolerance),
     ]
