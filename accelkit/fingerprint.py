@@ -69,6 +69,13 @@ def weights_fingerprint(graph: fx.GraphModule) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def tensors_fingerprint(tensors: Sequence[torch.Tensor]) -> str:
+    """SHA-256, in hex, of the dtypes, shapes and values of `tensors`, in their order. Strides and devices do not count."""
+    pairs = zip(tensors, contents(tensors), strict=True)
+    lines = [f"{tensor.dtype} {list(tensor.shape)} {digest}" for tensor, digest in pairs]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 class _Writer:
     """Collects the graph's canonical text."""
 
@@ -86,7 +93,9 @@ class _Writer:
     def graph(self, module: fx.GraphModule) -> None:
         places: dict[fx.Node, int] = {}
         for node in module.graph.nodes:
-            self.lines.append(f"{self._node(module, node, places)} -> {self._value(graphs.val(node))}")
+            # the output's values are its arguments'; only a graph that torch.export has read back repeats them here
+            value = None if node.op == "output" else graphs.val(node)
+            self.lines.append(f"{self._node(module, node, places)} -> {self._value(value)}")
             places[node] = len(places)
         self.lines.append("end")
 
