@@ -28,6 +28,7 @@ import json
 import re
 import struct
 import threading
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import torch
@@ -162,17 +163,42 @@ def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, tor
 def _program(graph: Any, state: Any, constants: Any) -> torch.export.ExportedProgram:
     from torch._export.serde import schema, serialize
 
+    by = graph.get("torch_version", "an unknown version") if isinstance(graph, dict) else "an unknown version"
+    if missing := sorted(set(_missing_operators(graph))):
+        raise ArtifactError(
+            f"this program, written by PyTorch {by}, uses {', '.join(missing)}, which PyTorch {torch.__version__} does "
+            "not have here: import the package that registers it before accelkit.load, or use that version of PyTorch"
+        )
     try:
         with _LOADING:
             described = serialize._dict_to_dataclass(schema.ExportedProgram, graph)  # type: ignore[no-untyped-call]
             return serialize.ExportedProgramDeserializer().deserialize(described, state, constants, None)
     except Exception as error:  # whatever the part that it does not understand happens to trip over
-        by = graph.get("torch_version", "an unknown version") if isinstance(graph, dict) else "an unknown version"
+        first = next(iter(str(error).splitlines()), "")[:300]
         raise ArtifactError(
             f"PyTorch {torch.__version__} cannot read this program, written by PyTorch {by}: {type(error).__name__}: "
-            f"{error}. Load it with that version; if it names an operator, import the package that registers it before "
-            "accelkit.load"
+            f"{first}. Load it with that version"
         ) from error
+
+
+def _missing_operators(value: Any) -> Iterator[str]:
+    """Names of the operators in a graph that are not registered here."""
+    if isinstance(value, dict):
+        target = value.get("target")
+        if isinstance(target, str) and target.startswith("torch.ops.") and _operator_named(target) is None:
+            yield target.removeprefix("torch.ops.")
+        for inner in value.values():
+            yield from _missing_operators(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _missing_operators(inner)
+
+
+def _operator_named(target: str) -> Any:
+    found: Any = torch.ops
+    for part in target.split(".")[2:]:
+        found = getattr(found, part, None)
+    return found
 
 
 # --- what a stored graph may say

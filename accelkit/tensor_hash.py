@@ -8,6 +8,8 @@ contiguous or not on the CPU, a piece at a time.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import hashlib
 import uuid
 from collections.abc import Iterator, Sequence
@@ -34,18 +36,37 @@ def strides(tensor: torch.Tensor) -> str:
     return "" if tensor.layout is not torch.strided or tensor.is_contiguous() else str(list(tensor.stride()))
 
 
+@contextlib.contextmanager
+def each_tensor_read_once() -> Iterator[None]:
+    """Inside, a tensor whose values were hashed is not read again: for one build, during which no weight changes.
+
+    Holds on to the tensors meanwhile, so that no other takes their memory.
+    """
+    token = _known.set({})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+_known: contextvars.ContextVar[dict[Any, tuple[torch.Tensor, str]] | None] = contextvars.ContextVar(
+    "_known", default=None
+)
+
+
 def contents(tensors: Sequence[torch.Tensor]) -> list[str]:
     """SHA-256 of each tensor's values in logical order, whatever its strides and device."""
-    if not tensors:
-        return []
-    pending: dict[Any, list[Any]] = {}
-    with ThreadPoolExecutor(THREADS) as pool, torch.no_grad():
-        keys = [_place(tensor) for tensor in tensors]
-        for key, tensor in zip(keys, tensors, strict=True):
-            if key not in pending:  # tied tensors are read once
-                pending[key] = _start(tensor.detach(), pool)
-        leaves = {k: [leaf if isinstance(leaf, bytes) else leaf.result() for leaf in v] for k, v in pending.items()}
-    return [hashlib.sha256(b"".join(leaves[key])).hexdigest() for key in keys]
+    known = _known.get()
+    known = {} if known is None else known
+    keys = [_place(tensor) for tensor in tensors]
+    missing = {key: tensor for key, tensor in zip(keys, tensors, strict=True) if key not in known}  # tied ones once
+    if missing:
+        with ThreadPoolExecutor(THREADS) as pool, torch.no_grad():
+            pending = {key: _start(tensor.detach(), pool) for key, tensor in missing.items()}
+            for key, pieces in pending.items():
+                leaves = [piece if isinstance(piece, bytes) else piece.result() for piece in pieces]
+                known[key] = missing[key], hashlib.sha256(b"".join(leaves)).hexdigest()
+    return [known[key][1] for key in keys]
 
 
 def _place(tensor: torch.Tensor) -> Any:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import struct
 import sys
 from collections.abc import Iterator, Mapping
@@ -33,10 +34,11 @@ ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
 CHUNK_BYTES = 16 * 2**20  # copied from a device at a time
 _PREFIX = struct.Struct("<8sQ")
 
+# Without the quantised ones, and int1 to uint7, which PyTorch can neither copy nor compute with.
 DTYPES: dict[str, torch.dtype] = {
     name: value
     for name, value in sorted(vars(torch).items())
-    if isinstance(value, torch.dtype) and str(value) == f"torch.{name}" and not name.startswith(("q", "bits"))
+    if isinstance(value, torch.dtype) and str(value) == f"torch.{name}" and not re.match(r"q|bits|u?int[1-7]$", name)
 }
 
 

@@ -69,7 +69,10 @@ def test_a_second_put_replaces_the_first(cache: EngineCache) -> None:
 def test_other_processes_see_it(cache: EngineCache) -> None:
     cache.put(KEY, {"a": random_bytes(100)}, {})
     script = f"from accelkit.cache import EngineCache; print(len(EngineCache({str(cache.folder)!r}).get({KEY!r})['a']))"
-    assert subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment()).stdout == b"100\n"
+    assert (
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, env=environment()).stdout
+        == b"100\n"
+    )
 
 
 def environment() -> dict[str, str]:
@@ -273,7 +276,11 @@ def test_a_failed_build_gives_the_lock_back(tmp_path: Path) -> None:
 
 def unusable_folders(tmp_path: Path) -> list[Path]:
     (tmp_path / "file").write_text("not a folder")
-    return [tmp_path / "file", tmp_path / "file" / "below", *([Path("/proc/accelkit")] if os.path.isdir("/proc/self") else [])]
+    return [
+        tmp_path / "file",
+        tmp_path / "file" / "below",
+        *([Path("/proc/accelkit")] if os.path.isdir("/proc/self") else []),
+    ]
 
 
 def test_unwritable_folders_only_warn(tmp_path: Path) -> None:
@@ -330,7 +337,9 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 
 def test_no_home_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELKIT_CACHE_DIR", raising=False)
-    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *a, **k: "~/.cache/accelkit")  # what expanduser leaves without a home
+    monkeypatch.setattr(
+        "platformdirs.user_cache_dir", lambda *a, **k: "~/.cache/accelkit"
+    )  # what expanduser leaves without a home
     cache = EngineCache()
     assert cache.folder is None
     with cache.building(KEY), pytest.warns(AccelkitWarning, match="set ACCELKIT_CACHE_DIR"):
