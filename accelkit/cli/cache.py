@@ -11,7 +11,7 @@ import re
 import time
 
 from accelkit.cache import EngineCache
-from accelkit.cli.output import mebibytes, print_table
+from accelkit.cli.output import counted, mebibytes, print_table
 from accelkit.errors import CacheError
 
 HELP = "list, shrink or clear the engine cache"
@@ -38,10 +38,10 @@ def run(options: argparse.Namespace) -> int:
         print(cache.folder)
     elif options.clear:
         before = cache.size_bytes()
-        print(f"removed {cache.clear()} engines, {mebibytes(before)}, from {cache.folder}")
+        print(f"removed {counted(cache.clear(), 'engine')}, {mebibytes(before)}, from {cache.folder}")
     elif options.limit is not None:
         removed, freed = shrink(cache, options.limit)
-        print(f"removed {removed} engines, {mebibytes(freed)}; {mebibytes(cache.size_bytes())} left in {cache.folder}")
+        print(f"removed {counted(removed, 'engine')}, {mebibytes(freed)}; {mebibytes(cache.size_bytes())} left in {cache.folder}")
     else:
         _list(cache)
     return 0
@@ -84,4 +84,4 @@ def _list(cache: EngineCache) -> None:
     if rows:
         print_table(COLUMNS, rows)
     bound = mebibytes(cache.max_bytes)
-    print(f"{len(entries)} engines, {mebibytes(sum(e.size_bytes for e in entries))} of at most {bound}, in {cache.folder}")
+    print(f"{counted(len(entries), 'engine')}, {mebibytes(sum(e.size_bytes for e in entries))} of at most {bound}, in {cache.folder}")

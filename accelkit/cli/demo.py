@@ -39,6 +39,8 @@ CANDIDATES = (("onnxruntime", "fp32"), ("inductor", "fp32"), ("inductor", "bf16"
 WITHOUT_EXTRAS = ("eager", "fp32")
 SINGLES, LARGE_BATCH = 12, 32
 """Single sentences timed (spread evenly over the lengths), and the batch size of the throughput."""
+EXAMPLE_BATCH = 4
+"""Sentences that the model is captured and checked with: any number will do, since batch and length are dynamic."""
 
 ALLOWED_ERROR = {"fp32": 1e-5, "bf16": 5e-2}
 """fp32: rounding order only. bf16: 8 bits a value through six layers, about 1e-2 measured, with room for other processors."""
@@ -93,8 +95,10 @@ def run(options: argparse.Namespace) -> int:
     inputs = {size: texts.batches(sentences, tokenize, size) for size in (1, LARGE_BATCH)}
 
     progress = Progress(not options.quiet)
+    checks = Checks()
     with progress.running("accelkit demo"):
-        candidates = [Candidate("original", "fp32", encoder), *_build_all(options, encoder, inputs[LARGE_BATCH][0], progress)]
+        example = tokenize(sentences[:EXAMPLE_BATCH])
+        candidates = [Candidate("original", "fp32", encoder), *_build_all(options, encoder, example, progress, checks)]
         progress.say("measuring")
         _measure(candidates, sentences, inputs, options.seconds)
         truth = texts.embed(copy.deepcopy(encoder).double(), inputs[1])
@@ -102,7 +106,6 @@ def run(options: argparse.Namespace) -> int:
     _print_numbers(candidates)
     _print_neighbours(candidates, sentences)
 
-    checks = Checks()
     print("\nChecks")
     for candidate in candidates[1:]:
         _check(checks, candidate)
@@ -118,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build_all(
-    options: argparse.Namespace, encoder: torch.nn.Module, example: texts.TensorDict, progress: Progress
+    options: argparse.Namespace, encoder: torch.nn.Module, example: texts.TensorDict, progress: Progress, checks: Checks
 ) -> list[Candidate]:
     wanted = [pair for pair in (*CANDIDATES, WITHOUT_EXTRAS) if options.target in (None, pair[0])]
     built: list[Candidate] = []
@@ -130,10 +133,14 @@ def _build_all(
             continue
         progress.say(f"building {target} {precision}")
         started = time.perf_counter()
-        fast = accelkit.optimize(
-            encoder, example, target=target, precision=precision, dynamic_shapes=texts.dynamic_shapes(),
-            cache=not options.no_cache, progress=False,
-        )  # fmt: skip
+        try:
+            fast = accelkit.optimize(
+                encoder, example, target=target, precision=precision, dynamic_shapes=texts.dynamic_shapes(),
+                cache=not options.no_cache, progress=False,
+            )  # fmt: skip
+        except AccelkitError as error:
+            checks(False, f"{target} {precision} is built: {error}")
+            continue
         built.append(Candidate(target, precision, fast, time.perf_counter() - started))
     if not built:
         raise AccelkitError("the demo has no target to show: see `accelkit targets`")
@@ -251,7 +258,8 @@ def _check_new_process(checks: Checks, candidate: Candidate, inputs: Sequence[te
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         seconds = time.perf_counter() - started
         if done.returncode != 0:
-            checks(False, f"a new process loads the saved model; it failed: {done.stderr.strip().splitlines()[-1:]}")
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            checks(False, f"a new process loads the saved model; exit code {done.returncode}: {reason}")
             return
         told = json.loads(done.stdout.splitlines()[-1])
         with np.load(result, allow_pickle=False) as loaded:

@@ -9,7 +9,7 @@ import torch
 
 from accelkit import plugins
 from accelkit.cache import EngineCache
-from accelkit.cli.output import mebibytes, print_table
+from accelkit.cli.output import counted, mebibytes, print_table
 from accelkit.cli.targets import missing
 from accelkit.measure import machine, machine_sentence, versions
 
@@ -74,4 +74,4 @@ def cache_sentence() -> str:
     parent = next((p for p in (cache.folder, *cache.folder.parents) if p.exists()), cache.folder)
     rights = "" if os.access(parent, os.W_OK) else ", not writable: builds are not kept"
     size = mebibytes(sum(entry.size_bytes for entry in entries))
-    return f"{cache.folder}: {len(entries)} engines, {size} of at most {mebibytes(cache.max_bytes)}{rights}"
+    return f"{cache.folder}: {counted(len(entries), 'engine')}, {size} of at most {mebibytes(cache.max_bytes)}{rights}"

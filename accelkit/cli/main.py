@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit code, see the module's docstring.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options = _parser().parse_args(arguments, argparse.Namespace(debug=False, quiet=False))
     except SystemExit as stop:  # argparse has told: 0 after --help and --version, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else USAGE
     with _own_warnings_only(options.debug):
@@ -120,5 +120,4 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    parser.set_defaults(debug=False, quiet=False)
     return parser

@@ -55,8 +55,15 @@ def _is_number(cell: str) -> bool:
 
 
 def mebibytes(size_bytes: int | None) -> str | None:
-    """`12.3 MiB`; None where unknown."""
-    return None if size_bytes is None else f"{size_bytes / 2**20:.1f} MiB"
+    """`12.3 MiB`, `0.01 MiB`; None where unknown."""
+    if size_bytes is None:
+        return None
+    return f"{size_bytes / 2**20:.1f} MiB" if size_bytes >= 2**20 or not size_bytes else f"{size_bytes / 2**20:.2g} MiB"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 engine`, `3 engines`."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def comma_list(text: str) -> list[str]:
