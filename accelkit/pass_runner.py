@@ -98,6 +98,7 @@ def run_passes(
         if on_pass is not None:
             on_pass(one)
         records.append(_run_one(graph, one))
+    graph.recompile()  # once: passes look at nodes, not at the generated code
     return records
 
 
@@ -123,8 +124,6 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
         raise PassError(f"pass {one} changed {touched[0].name} but reports no rewrite; call result.rewrote(...)")
     infer(graph, [n for n in changed if not _same_call(snapshot.get(n), n)], one)
     _compare(before, _facts(graph), one)
-    if touched:
-        graph.recompile()
     return PassRecord(
         str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
         time.perf_counter() - started,

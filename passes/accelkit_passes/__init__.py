@@ -1,0 +1,48 @@
+"""The standard passes, one a file, written with accelkit's public names alone, and the order in which they run.
+
+    canonical form -> nothing that does nothing -> fusions -> precision -> clean-up -> (in the ONNX-based targets) ONNX clean-up
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+from accelkit.precision import FP32, Precision, as_precision
+
+if TYPE_CHECKING:
+    from accelkit.pass_api import GraphPass, OnnxPass
+
+DEFAULT: tuple[str, ...] = (
+    "canonicalise",  # first: every later pass needs one pattern instead of several
+    "remove_dropout",  # before the fusions: it stands between their operators
+    "fuse_conv_batch_norm",
+    "fuse_linear_batch_norm",
+    "set_precision",  # only in half precisions; after the fusions, whose folds are computed from the full weights
+    "remove_no_ops",  # takes the casts that set_precision put twice
+    "fold_constants",  # casts of weights included
+    "eliminate_common_subexpressions",
+    "eliminate_dead_code",  # last on the fx graph: what the others left behind
+    "onnx_optimizer",  # the ONNX-based targets run these two after the export
+    "onnx_graph_surgeon",
+)
+
+
+def default_passes(precision: Precision | str = FP32) -> tuple[GraphPass | OnnxPass, ...]:
+    """The passes of `optimize(passes=None)` for a precision, in order.
+
+    Example:
+        >>> [p.name for p in default_passes()][:2]
+        ['canonicalise', 'remove_dropout']
+    """
+    precision = as_precision(precision)
+    passes = []
+    for name in DEFAULT:
+        if name == "set_precision" and precision.dtype is torch.float32:
+            continue  # fp32 and tf32 are what the graph is in already
+        class_name = "".join(word.capitalize() for word in name.split("_"))
+        pass_type = getattr(import_module(f"{__name__}.{name}"), class_name)
+        passes.append(pass_type(precision=precision) if name == "set_precision" else pass_type())
+    return tuple(passes)
