@@ -17,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
@@ -173,7 +174,7 @@ def _infer_node(graph: fx.GraphModule, node: fx.Node, mode: FakeTensorMode, one:
     arguments = fx.node.map_arg((node.args, node.kwargs), graphs.val)
     target: Any = node.target
     try:
-        with mode, torch.no_grad(), _no_decomposition():
+        with mode, torch.no_grad(), _symbolic_inference(mode):
             return target(*arguments[0], **arguments[1])
     except Exception as error:
         shapes = ", ".join(f"{i.name}: {graphs.describe_value(graphs.val(i))}" for i in node.all_input_nodes)
@@ -188,9 +189,13 @@ def _rebind_unbacked(mode: FakeTensorMode, node: fx.Node, new: Any) -> None:
     rebind_unbacked(mode.shape_env, node, new)
 
 
-def _no_decomposition() -> contextlib.AbstractContextManager[Any]:
-    # The fused fast path of nn.TransformerEncoder hides the layers from every pass; accelkit graphs never contain it.
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def _symbolic_inference(mode: FakeTensorMode) -> Iterator[None]:
+    # Composite operators (linear, matmul, ...) must take their Python forms: the C++ ones ask for concrete sizes. And what
+    # an operator's own meta function asks about sizes was asked when the model was captured: only a pass's questions count.
+    suppressed = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with enable_python_dispatcher(), suppressed:
+        yield
 
 
 def _same_call(before: tuple[Any, Any, Any] | None, node: fx.Node) -> bool:
