@@ -70,7 +70,7 @@ def weights_fingerprint(graph: fx.GraphModule) -> str:
 
 
 def tensors_fingerprint(tensors: Sequence[torch.Tensor]) -> str:
-    """SHA-256, in hex, of the dtypes, shapes and values of `tensors`, in their order. Strides and devices do not count."""
+    """SHA-256, in hex, of the dtypes, shapes and values of `tensors`, in order; strides and devices do not count."""
     pairs = zip(tensors, contents(tensors), strict=True)
     lines = [f"{tensor.dtype} {list(tensor.shape)} {digest}" for tensor, digest in pairs]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -130,4 +130,5 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, as bytes."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: that keeps the odd stride of a single element, which view refuses.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data

@@ -515,6 +515,28 @@ def test_a_program_computes_the_same() -> None:
         loaded.module()(torch.randn(65, 5, 8))
 
 
+@pytest.mark.gpu
+def test_a_program_on_a_gpu_comes_back_there() -> None:
+    model, x = Tied().eval().cuda(), torch.randn(3, 5, 8, device="cuda")
+    model.forward = lambda x: model.second(model.first(x)) * 2  # type: ignore[method-assign]
+    exported = torch.export.export(model, (x,))
+    loaded = program_from_bytes(program_to_bytes(exported))
+    assert {t.device.type for t in loaded.state_dict.values()} == {"cuda"}
+    assert loaded.state_dict["first.weight"].data_ptr() == loaded.state_dict["second.weight"].data_ptr()
+    assert torch.equal(results(loaded, x)[0], results(exported, x)[0])
+    assert tensors_from_bytes(tensors_to_bytes({"x": x}))["x"].device.type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_here_is_named() -> None:
+    header, rest = header_of(tensors_to_bytes({"t": torch.randn(4)}))
+    header["memories"][0]["device"] = "cuda:0"
+    data = with_header(header, rest)
+    assert tensors_from_bytes(data)["t"].device.type == "cpu"
+    with pytest.raises(ArtifactError, match="saved on cuda:0, which this machine cannot use"):
+        tensors_from_bytes(data, to_saved_devices=True)
+
+
 def test_saving_does_not_change_the_program() -> None:
     program = tied_program()
     x = torch.randn(2, 5, 8)

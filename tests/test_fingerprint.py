@@ -262,7 +262,7 @@ def test_values_count_and_strides_do_not(dtype: torch.dtype, shape: list[int], l
     assert first == copied
     if tensor.numel():
         changed = tensor.contiguous().clone()
-        raw = changed.view(-1).view(torch.uint8)
+        raw = changed.as_strided((changed.numel(),), (1,)).view(torch.uint8)
         raw[torch.randint(0, len(raw), (), generator=generator)] ^= 1
         assert tensor_hash.contents([changed]) != [first]
 
@@ -284,7 +284,7 @@ def test_within_a_build_each_tensor_is_read_once(monkeypatch: pytest.MonkeyPatch
     start = tensor_hash._start
     monkeypatch.setattr(tensor_hash, "_start", lambda tensor, pool: (reads.append(tensor), start(tensor, pool))[1])
     expected = (weights_fingerprint(graph), *both(graph))
-    once = len({id(t) for t in reads})
+    once = len({t.data_ptr() for t in reads})
     reads.clear()
     with tensor_hash.each_tensor_read_once():
         assert (weights_fingerprint(graph), *both(graph)) == expected
@@ -297,6 +297,13 @@ def test_within_a_build_each_tensor_is_read_once(monkeypatch: pytest.MonkeyPatch
     with torch.no_grad():
         graph.weight += 1
     assert weights_fingerprint(graph) != expected[0]
+
+
+@pytest.mark.gpu
+def test_values_on_a_gpu_are_read_as_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tensor in (torch.randn(1000, 7), torch.randn(64, 33).bfloat16().t(), torch.arange(5)[::2], torch.tensor(3.0)):
+        monkeypatch.setattr(tensor_hash, "LEAF_BYTES", 256)
+        assert tensor_hash.contents([tensor.cuda()]) == tensor_hash.contents([tensor])
 
 
 def test_conjugates_are_read_as_what_they_are() -> None:
