@@ -178,11 +178,13 @@ def written_roots(graph: fx.Graph) -> frozenset[fx.Node]:
 def inferred(target: Any, args: Any, kwargs: Any, mode: Any) -> Any:
     """What an operator gives for these arguments (fake tensors or plain values), under the fake mode `mode`.
 
-    A convolution's fake kernel asks which CPU library would run it (`batch < 16`?), for the memory format alone; the guard that this
-    leaves on a dynamic size holds for nobody, and is dropped.
+    No shape guard comes of it: composite operators take their Python forms (the C++ ones ask for concrete sizes), and what an
+    operator's own meta function asks about sizes was asked when the model was captured.
     """
-    asks = mode.shape_env is not None and isinstance(target, torch._ops.OpOverload) and "conv" in target._schema.name
-    with mode, torch.no_grad(), mode.shape_env.suppress_guards() if asks else contextlib.nullcontext():
+    from torch._dispatch.python import enable_python_dispatcher
+
+    suppressed = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
+    with mode, torch.no_grad(), enable_python_dispatcher(), suppressed:
         return target(*args, **kwargs)
 
 
