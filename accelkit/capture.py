@@ -94,6 +94,8 @@ def from_exported(
     graph = exported.module()
     assert isinstance(graph, fx.GraphModule)
     _erase_checks(graph)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        node.meta.setdefault("val", graphs.val(node.args[0]))  # export appends these writes without metadata
     leaves, in_spec = pytree.tree_flatten(canonical)
     out_spec = _out_spec(graph)
     inputs = _flatten_inputs(graph, leaves, leaf_names(canonical, binder))

@@ -77,11 +77,14 @@ def _functional_overload(node: fx.Node) -> torch._ops.OpOverload | None:
     functional = getattr(packet, target._overloadname, None)
     if not isinstance(functional, torch._ops.OpOverload):
         return None
-    ours = [(a.name, str(a.type)) for a in target._schema.arguments]
-    theirs = [
-        (a.name, str(a.type)) for a in functional._schema.arguments if not a.has_default_value() or a.name in dict(ours)
-    ]
-    return functional if ours == theirs else None
+    ours, theirs = list(target._schema.arguments), list(functional._schema.arguments)
+    fits = (
+        # the written argument may be named otherwise: dropout_(self, ...), dropout(input, ...)
+        [str(a.type) for a in ours] == [str(a.type) for a in theirs[: len(ours)]]
+        and [a.name for a in ours[1:]] == [a.name for a in theirs[1 : len(ours)]]
+        and all(a.has_default_value() for a in theirs[len(ours) :])
+    )
+    return functional if fits else None
 
 
 def _families(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
@@ -102,18 +105,10 @@ def _is_private(
     for member in families[written]:
         if member.op in ("placeholder", "get_attr"):
             return False
-        if member is written or _descends_in_place(member, written):
+        # what is made after the write is made from its result; an older view that is read later would miss the write
+        if member is written or order[member] >= order[node]:
             continue
-        if order[member] > order[node] or any(order[user] > order[node] for user in member.users):
+        if any(order[user] > order[node] for user in member.users):
             return False
     value, result = graphs.val(written), graphs.val(node)
     return isinstance(value, torch.Tensor) and isinstance(result, torch.Tensor) and value.shape == result.shape
-
-
-def _descends_in_place(member: fx.Node, written: fx.Node) -> bool:
-    # the result of an in-place operator is the written tensor itself: its later uses are the point
-    while graphs.is_mutating(member) and isinstance(member.args[0], fx.Node):
-        member = member.args[0]
-        if member is written:
-            return True
-    return False

@@ -118,6 +118,7 @@ def lower(
     """
     store = store or AlwaysCompile()
     refused = {n: why for n in graph.graph.nodes if _computes(n) and (why := backend.unsupported(n)) is not None}
+    refused.update({n: "writes to a buffer while it computes" for n in graph.graph.nodes if _writes_amid(n)})
     while True:
         _refuse_run_time_numbers(graph, refused)
         stages = _stages(graph, refused)
@@ -134,6 +135,11 @@ def lower(
 
 def _computes(node: fx.Node) -> bool:
     return node.op not in ("placeholder", "get_attr", "output") and not _is_free(node)
+
+
+def _writes_amid(node: fx.Node) -> bool:
+    """An operator that writes and whose result is computed on with: an instance_norm that updates its statistics."""
+    return graphs.is_mutating(node) and any(user.op != "output" for user in node.users)
 
 
 def _is_free(node: fx.Node) -> bool:
@@ -192,7 +198,7 @@ def _levels(graph: fx.GraphModule, refused: dict[fx.Node, str]) -> list[_Stage]:
             level[node] = max(
                 (level[i] + (_computes(i) and (i in refused) != mine) for i in _tensor_inputs(node)), default=0
             )
-    writes = [n for n in level if graphs.is_mutating(n)]
+    writes = [n for n in level if graphs.is_mutating(n) and not _writes_amid(n)]
     last = max(level.values(), default=0) + 1
     stages: dict[tuple[int, bool], list[fx.Node]] = {}
     for node in level:
