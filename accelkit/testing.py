@@ -8,7 +8,8 @@ The five tests of a pass, one line each (`graph` is `trace(MyModule(), torch.ran
     assert_idempotent(MyPass(), module, x, dynamic_shapes={"x": {0: Dim("batch")}})     dynamic sizes, no new guard
     assert_same_numbers(MyPass(), module, x)                                   bit for bit, or bounded by float64
 
-All of them run the pass under the runner's own invariants (`accelkit.pass_runner`). Failures say what differs, not only that it does.
+All of them run the pass under the runner's own invariants (`accelkit.pass_runner`). Failures say what differs, not only
+that it does.
 
 Example:
     >>> from dataclasses import dataclass
@@ -37,7 +38,8 @@ Example:
     return (%0)
     >>> assert_same_numbers(NegativeOfSub(), Distance(), x, y)
     >>> assert_left_alone(NegativeOfSub(), Distance(), x.long(), y.long(), reason="integers are left to others")
-    >>> assert_idempotent(NegativeOfSub(), Distance(), x, y)
+    >>> assert_idempotent(NegativeOfSub(), Distance(), x, y).nodes_after
+    1
 """
 
 from __future__ import annotations
@@ -55,9 +57,17 @@ from accelkit.pass_api import GraphPass
 from accelkit.pass_runner import PassRecord, fake_mode_of, run_passes
 
 __all__ = [
-    "apply", "assert_idempotent", "assert_left_alone", "assert_same_numbers", "float64_reference", "graph_text", "relative_error",
-    "run", "trace", "units_in_last_place",
-]  # fmt: skip
+    "apply",
+    "assert_idempotent",
+    "assert_left_alone",
+    "assert_same_numbers",
+    "float64_reference",
+    "graph_text",
+    "relative_error",
+    "run",
+    "trace",
+    "units_in_last_place",
+]
 
 Passes = GraphPass | Sequence[GraphPass]
 
@@ -68,7 +78,8 @@ def trace(model: nn.Module, *args: Any, dynamic_shapes: Any = None, **kwargs: An
 
 
 def apply(one: Passes, graph: fx.GraphModule) -> PassRecord:
-    """Run a pass (or several; the last one's record is returned) on `graph` in place, under all of the runner's invariants."""
+    """Run a pass (or several; the last one's record is returned) on `graph` in place, under all of the runner's
+    invariants."""
     return run_passes(graph, [one] if isinstance(one, GraphPass) else one)[-1]
 
 
@@ -120,14 +131,20 @@ def units_in_last_place(result: torch.Tensor, expected: torch.Tensor) -> int:
 def _ordered(value: torch.Tensor) -> torch.Tensor:
     # Floating-point numbers in their order are sign and magnitude integers in theirs.
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-    bits = torch.nan_to_num(value, nan=0.0, posinf=float("inf"), neginf=float("-inf")).contiguous().view(integers).to(torch.int64)
+    bits = (
+        torch.nan_to_num(value, nan=0.0, posinf=float("inf"), neginf=float("-inf"))
+        .contiguous()
+        .view(integers)
+        .to(torch.int64)
+    )
     return torch.where(bits < 0, torch.iinfo(integers).min - bits, bits)
 
 
 def assert_left_alone(one: Passes, model: nn.Module, *inputs: Any, reason: str | None, **options: Any) -> None:
     """The pass changes nothing in the model's graph, and says why: `reason` is part of a refusal's text.
 
-    `reason=None` says that nothing looks like the pass's business, so that there is no refusal at all. `options` are `trace`'s.
+    `reason=None` says that nothing looks like the pass's business, so that there is no refusal at all. `options` are
+    `trace`'s.
 
     Raises:
         AssertionError: something was rewritten, or no refusal has this reason (the ones there are get listed).
@@ -158,7 +175,9 @@ def assert_idempotent(one: Passes, model: nn.Module, *inputs: Any, **options: An
     symbols = _symbols(graph)
     first = apply(one, graph)
     if not first.rewrites:
-        raise AssertionError(f"{first.name} finds nothing to do (refusals: {list(first.refusals)}) in\n{graph_text(graph)}")
+        raise AssertionError(
+            f"{first.name} finds nothing to do (refusals: {list(first.refusals)}) in\n{graph_text(graph)}"
+        )
     after = graph_text(graph)
     second = apply(one, graph)
     if second.rewrites or graph_text(graph) != after:
@@ -171,17 +190,28 @@ def assert_idempotent(one: Passes, model: nn.Module, *inputs: Any, **options: An
 def _symbols(graph: fx.GraphModule) -> list[str]:
     shapes = [node.meta["val"].shape for node in graph.graph.find_nodes(op="placeholder")]
     env = fake_mode_of(graph).shape_env
-    return [str(env.replace(s.node.expr)) if env is not None and isinstance(s, torch.SymInt) else str(s) for t in shapes for s in t]
+    return [
+        str(env.replace(s.node.expr)) if env is not None and isinstance(s, torch.SymInt) else str(s)
+        for t in shapes
+        for s in t
+    ]
 
 
 def assert_same_numbers(
-    one: Passes, model: nn.Module, *inputs: Any, ulps: int = 0, times: float | None = None, floor: float = 0.0, **options: Any
+    one: Passes,
+    model: nn.Module,
+    *inputs: Any,
+    ulps: int = 0,
+    times: float | None = None,
+    floor: float = 0.0,
+    **options: Any,
 ) -> None:
     """The graph gives after the pass what it gave before.
 
-    By default bit for bit (with `ulps`, that many floating-point numbers apart at most): what reorders no arithmetic can hold to that.
-    With `times`, the relative error against the module in float64 (see `relative_error`) is at most `times` that of the graph
-    before the pass, plus `floor`: for what rounds differently, not worse. `options` are `trace`'s.
+    By default bit for bit (with `ulps`, that many floating-point numbers apart at most): what reorders no arithmetic
+    can hold to that. With `times`, the relative error against the module in float64 (see `relative_error`) is at most
+    `times` that of the graph before the pass, plus `floor`: for what rounds differently, not worse. `options` are
+    `trace`'s.
 
     Raises:
         AssertionError: the pass rewrote nothing (the comparison would prove nothing), or an output differs by more.
@@ -191,17 +221,25 @@ def assert_same_numbers(
     before = run(graph, *(t.clone() for t in tensors))
     record = apply(one, graph)
     if not record.rewrites:
-        raise AssertionError(f"{record.name} rewrote nothing (refusals: {list(record.refusals)}) in\n{graph_text(graph)}")
+        raise AssertionError(
+            f"{record.name} rewrote nothing (refusals: {list(record.refusals)}) in\n{graph_text(graph)}"
+        )
     after = run(graph, *(t.clone() for t in tensors))
     truth = float64_reference(model, *inputs) if times is not None else before
     for index, (new, old, exact) in enumerate(zip(after, before, truth, strict=True)):
         if new.dtype != old.dtype or new.shape != old.shape:
-            raise AssertionError(f"{record.name}: output {index} was {old.dtype}{list(old.shape)}, now {new.dtype}{list(new.shape)}")
+            raise AssertionError(
+                f"{record.name}: output {index} was {old.dtype}{list(old.shape)}, now {new.dtype}{list(new.shape)}"
+            )
         if times is None:
             distance = units_in_last_place(new, old)
             if distance > ulps:
-                raise AssertionError(f"{record.name}: output {index} is {distance} units in the last place off, {ulps} allowed")
+                raise AssertionError(
+                    f"{record.name}: output {index} is {distance} units in the last place off, {ulps} allowed"
+                )
             continue
         error, allowed = relative_error(new, exact), times * relative_error(old, exact) + floor
         if not error <= allowed:
-            raise AssertionError(f"{record.name}: output {index} has a relative error of {error:.3g}, {allowed:.3g} allowed")
+            raise AssertionError(
+                f"{record.name}: output {index} has a relative error of {error:.3g}, {allowed:.3g} allowed"
+            )

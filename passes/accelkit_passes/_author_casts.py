@@ -1,11 +1,12 @@
 """What the author of a model meant by a cast that does nothing in float32: `.float()`, or `.to(x.dtype)` back again?
 
-Run in float32, both are `aten.to.dtype(x, torch.float32)`. Two things tell them apart: the author's source line, which torch.export keeps
-with every node, and, where there is none, the alternation of the two (what is already upcast can only be cast back).
+Run in float32, both are `aten.to.dtype(x, torch.float32)`. Two things tell them apart: the author's source line, which
+torch.export keeps with every node, and, where there is none, the alternation of the two (what is already upcast can
+only be cast back).
 
-A cast that does nothing also returns its own input, so that torch.export gives later uses of `x` the cast's result: the residual in
-`n = self.norm(x); x = x + n` adds `norm`'s upcast x. A Python variable does not leave its module's `forward` by itself: uses outside of the
-module that made the cast mean the value before it.
+A cast that does nothing also returns its own input, so that torch.export gives later uses of `x` the cast's result: the
+residual in `n = self.norm(x); x = x + n` adds `norm`'s upcast x. A Python variable does not leave its module's
+`forward` by itself: uses outside of the module that made the cast mean the value before it.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ _OTHERS = re.compile(r"\btype_as\(|\b(to|type)\([^)]*(\.dtype\b|\w_d?type\b|\bdt
 
 
 def says_float32(node: fx.Node) -> bool | None:
-    """True for an upcast, False for a cast to some other tensor's dtype or device, None where the source line does not tell."""
+    """True for an upcast, False for a cast to some other tensor's dtype or device, None where the source line does not
+    tell."""
     lines = [line for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    line = lines[-1].split("#")[0] if lines else ""  # torch.export keeps the lines of modules' forward, not of functions in it
+    line = (
+        lines[-1].split("#")[0] if lines else ""
+    )  # torch.export keeps the lines of modules' forward, not of functions in it
     if bool(_UPCAST.search(line)) != bool(_OTHERS.search(line)):
         return bool(_UPCAST.search(line))
     if node.target == torch.ops.aten.to.dtype_layout and not _UPCAST.search(line):
@@ -31,7 +35,8 @@ def says_float32(node: fx.Node) -> bool | None:
 
 
 def module_path(node: fx.Node) -> str | None:
-    """The path of the module whose forward made the node (`encoder.layer.0`; empty for the model's own), None where unknown."""
+    """The path of the module whose forward made the node (`encoder.layer.0`; empty for the model's own), None where
+    unknown."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else None
 

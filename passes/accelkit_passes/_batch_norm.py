@@ -19,7 +19,8 @@ from accelkit.pass_api import Refused
 
 aten = torch.ops.aten
 
-# Training-level and functionalised graphs write the same thing differently; the latter give a tuple whose item 0 is the result.
+# Training-level and functionalised graphs write the same thing differently; the latter give a tuple whose item 0 is the
+# result.
 DIRECT = (aten.batch_norm.default,)
 TUPLED = (
     aten._native_batch_norm_legit_no_training.default, aten._batch_norm_no_update.default,
@@ -89,7 +90,7 @@ def _result(norm: fx.Node) -> fx.Node:
     if norm.target in DIRECT:
         return norm
     items = [user for user in norm.users if user.target is operator.getitem and user.args[1] == 0]
-    others = [user.name for user in norm.users if user not in items]
+    others = [user.name for user in norm.users if user not in items and user.users]
     require(not others, f"{norm.name}'s saved statistics are used by {', '.join(others)}")
     require(len(items) == 1, f"{norm.name}'s result is read {len(items)} times")
     return items[0]
@@ -135,14 +136,15 @@ def rounded(value: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:
     return result
 
 
-def take_fold(
-    graph: fx.GraphModule, target: fx.Node, norm: BatchNorm, weight: torch.Tensor, bias: torch.Tensor
-) -> str:
-    """Give `target` (a convolution or linear) the folded weight and bias, let it stand for the norm, and say what it costs."""
+def take_fold(graph: fx.GraphModule, target: fx.Node, norm: BatchNorm, weight: torch.Tensor, bias: torch.Tensor) -> str:
+    """Give `target` (a convolution or linear) the folded weight and bias, let it stand for the norm, and say what it
+    costs."""
     bound = graphs.bound_arguments(target) or {}
     source = bound["weight"]
     shared = [u.name for u in source.users if u is not target]
-    bias_source = bound["bias"].target if bound["bias"] is not None else str(source.target).removesuffix("weight") + "bias"
+    bias_source = (
+        bound["bias"].target if bound["bias"] is not None else str(source.target).removesuffix("weight") + "bias"
+    )
     with graph.graph.inserting_before(target):
         names = [
             graphs.set_attribute(graph, f"{hint}_folded", value)
@@ -151,11 +153,11 @@ def take_fold(
         new_weight, new_bias = (graph.graph.get_attr(name) for name in names)
     target.args = (target.args[0], new_weight, new_bias, *target.args[3:])
     target.kwargs = {k: v for k, v in target.kwargs.items() if k not in ("weight", "bias")}
-    head = norm.result if norm.result.target is not operator.getitem else norm.result.args[0]
+    head = norm.result if norm.result.target is not operator.getitem else norm.result.all_input_nodes[0]
     norm.result.replace_all_uses_with(norm.input)
-    orphans = [norm.result, head, *head.all_input_nodes, *(n for n in (source, bound["bias"]) if n is not None)]
-    for node in dict.fromkeys(n for n in orphans if isinstance(n, fx.Node)):
-        if not node.users and (node in (norm.result, head) or node.op == "get_attr"):
+    weights = [source] if bound["bias"] is None else [source, bound["bias"]]
+    for node in dict.fromkeys([*head.users, head, *head.all_input_nodes, *weights]):
+        if not node.users and (node is head or head in node.all_input_nodes or node.op == "get_attr"):
             graph.graph.erase_node(node)
     size_bytes = weight.nbytes + bias.nbytes
     kept = f"; {source.name} stays for {', '.join(shared)}" if shared else ""

@@ -2,9 +2,10 @@
 
     where(mask, 0, -3.4e38)  ->  where(mask, 0, -3.39e38 (bfloat16) or -65504 (float16))
 
-Rounded instead, the constant would be -inf, and a row of scores that is masked everywhere NaN. The clamp happens where the constant is
-made, and comparisons against the same number follow it (`mask == torch.finfo(torch.float32).min`). Real infinities stay. Only values
-on their way into a low-precision tensor are touched: a rotary base of 500000 in float32 arithmetic is not a mask.
+Rounded instead, the constant would be -inf, and a row of scores that is masked everywhere NaN. The clamp happens where
+the constant is made, and comparisons against the same number follow it (`mask == torch.finfo(torch.float32).min`). Real
+infinities stay. Only values on their way into a low-precision tensor are touched: a rotary base of 500000 in float32
+arithmetic is not a mask.
 """
 
 from __future__ import annotations
@@ -46,7 +47,12 @@ class MaskConstants:
 
     def beyond(self, value: Any) -> bool:
         """Whether a plain number is finite and would overflow."""
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and abs(value) > self.limit
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and abs(value) > self.limit
+        )
 
     def clamp_arguments(self, node: fx.Node) -> None:
         """Clamp the numbers that an operator which runs in the low precision puts into its result or compares with."""
@@ -56,7 +62,8 @@ class MaskConstants:
             self._clamp_numbers(node)
 
     def prepare(self, node: fx.Node) -> bool:
-        """Clamp the constants that reach `node` (float32) before it is cast; True where the cast itself must saturate."""
+        """Clamp the constants that reach `node` (float32) before it is cast; True where the cast itself must
+        saturate."""
         found = self._ancestry(node)
         before = set(self.clamped)
         large = added = infinite = False
@@ -138,7 +145,7 @@ class MaskConstants:
             if one in seen:
                 continue
             seen.add(one)
-            for user in one.users:
+            for user in list(one.users):
                 name = operator_name(user)
                 if name in COMPARISONS:
                     self._clamp_numbers(user)

@@ -1,9 +1,10 @@
 """batch_norm(conv(x, w, b)) -> conv(x, w * scale, b * scale + shift)
 
-At inference a batch norm is a multiplication and an addition per channel, and the convolution before it can do both for nothing: one
-pass over memory less, and a runtime that knows no fused form needs none. All convolutions (1-D to 3-D, transposed, grouped, `same`
-padding) with or without a bias. The fold is computed in float64 and rounded once to the weight's dtype, so that its error is
-that of storing a weight. It costs the memory of one new weight; the model's own weight is not touched.
+At inference a batch norm is a multiplication and an addition per channel, and the convolution before it can do both for
+nothing: one pass over memory less, and a runtime that knows no fused form needs none. All convolutions (1-D to 3-D,
+transposed, grouped, `same` padding) with or without a bias. The fold is computed in float64 and rounded once to the
+weight's dtype, so that its error is that of storing a weight. It costs the memory of one new weight; the model's own
+weight is not touched.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch import fx
 from accelkit import graph as graphs
 from accelkit.pass_api import GraphPass, PassResult, Refused
 from accelkit_passes._batch_norm import (
-    constant, input_of, is_batch_norm, only_used_by, read, require, rounded, take_fold,
+    constant,
+    input_of,
+    is_batch_norm,
+    only_used_by,
+    read,
+    require,
+    rounded,
+    take_fold,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -56,7 +64,9 @@ def _fold(graph: fx.GraphModule, convolution: fx.Node, norm: fx.Node) -> str:
     require(weight.dtype == found.dtype, f"the weight is {weight.dtype}, the norm {found.dtype}")
     # conv2d also takes [channels, height, width]; batch_norm then normalises the height
     require(graphs.val(convolution).dim() == weight.dim(), f"{convolution.name} has no batch dimension")
-    folded = rounded(weight.double() * _per_output_channel(convolution, bound, weight, found.scale), weight.dtype, "weight")
+    folded = rounded(
+        weight.double() * _per_output_channel(convolution, bound, weight, found.scale), weight.dtype, "weight"
+    )
     shift = found.shift
     if bound["bias"] is not None:
         shift = shift + constant(graph, bound["bias"], "the bias").double() * found.scale

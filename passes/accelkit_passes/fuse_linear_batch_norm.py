@@ -1,9 +1,10 @@
 """batch_norm(linear(x, w, b)) -> linear(x, w * scale, b * scale + shift)
 
-Where the norm's channels are the linear layer's features: of a [batch, features] result as it is, or of a longer one whose features have
-been moved to dimension 1 (`transpose(1, 2)` for BatchNorm1d over [batch, length, features]) or whose other dimensions have been
-flattened into one. BatchNorm1d straight on [batch, length, features] normalises the length, which no weight can take. The fold is
-computed in float64 and rounded once to the weight's dtype; it costs the memory of one new weight.
+Where the norm's channels are the linear layer's features: of a [batch, features] result as it is, or of a longer one
+whose features have been moved to dimension 1 (`transpose(1, 2)` for BatchNorm1d over [batch, length, features]) or
+whose other dimensions have been flattened into one. BatchNorm1d straight on [batch, length, features] normalises the
+length, which no weight can take. The fold is computed in float64 and rounded once to the weight's dtype; it costs the
+memory of one new weight.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from accelkit import graph as graphs
 from accelkit.pass_api import GraphPass, PassResult, Refused
 from accelkit_passes._batch_norm import (
-    constant, input_of, is_batch_norm, only_used_by, read, require, rounded, take_fold,
+    constant,
+    input_of,
+    is_batch_norm,
+    only_used_by,
+    read,
+    require,
+    rounded,
+    take_fold,
 )  # fmt: skip
 
 aten = torch.ops.aten
@@ -60,7 +68,9 @@ def _fold(graph: fx.GraphModule, path: list[fx.Node], norm: fx.Node) -> str:
     axis = graphs.val(linear).dim() - 1
     for move in path[1:]:
         axis = _moved(axis, move)
-    require(axis == 1, f"{norm.name} normalises dimension 1 of its input, but {linear.name}'s features are dimension {axis}")
+    require(
+        axis == 1, f"{norm.name} normalises dimension 1 of its input, but {linear.name}'s features are dimension {axis}"
+    )
     found = read(graph, norm)
     bound = graphs.bound_arguments(linear) or {}
     weight = constant(graph, bound["weight"], "the weight")
