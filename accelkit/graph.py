@@ -1,8 +1,8 @@
 """Questions about accelkit's graphs, asked in one place: text, normalised arguments, metadata, mutation, aliasing.
 
 An accelkit graph is a flat torch.fx.GraphModule: placeholders are tensors; `get_attr` nodes are parameters, buffers and
-constants; `call_function` nodes are operator overloads (`aten`, `accelkit`, ...) or Python arithmetic on sizes; the output is
-one flat tuple. Every tensor node carries its fake tensor in `node.meta["val"]`.
+constants; `call_function` nodes are operator overloads (`aten`, `accelkit`, ...) or Python arithmetic on sizes; the
+output is one flat tuple. Every tensor node carries its fake tensor in `node.meta["val"]`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tensor_attributes(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, torch.Te
 
 
 def set_attribute(graph: fx.GraphModule, hint: str, value: torch.Tensor) -> str:
-    """Register `value` as a new buffer under a free name that starts with `hint`; returns the name to use in get_attr."""
+    """Register `value` as a new buffer under a free name that starts with `hint`; returns that name, for get_attr."""
     base = "".join(c if c.isalnum() else "_" for c in hint)
     name, number = base, 0
     while hasattr(graph, name):
@@ -57,7 +57,7 @@ def set_attribute(graph: fx.GraphModule, hint: str, value: torch.Tensor) -> str:
 def bound_arguments(node: fx.Node) -> dict[str, Any] | None:
     """All arguments by their schema's names, defaults filled in; None for what is no operator overload.
 
-    `aten.layer_norm(x, [8], w, b)` gives {"input": x, "normalized_shape": [8], "weight": w, "bias": b, "eps": 1e-05, ...}.
+    `aten.layer_norm(x, [8], w, b)` gives {"input": x, "normalized_shape": [8], "weight": w, "bias": b, ...}.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
@@ -97,9 +97,9 @@ def is_random(node: fx.Node) -> bool:
         return False
     bound = bound_arguments(node) or {}
     if "train" in bound and isinstance(bound["train"], bool):
-        return bound["train"] and bound.get("p") != 0
+        return bool(bound["train"] and bound.get("p") != 0)
     if "dropout_p" in bound:
-        return bound["dropout_p"] != 0
+        return bool(bound["dropout_p"] != 0)
     return True
 
 
@@ -141,13 +141,15 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-# Composite operators whose schema says nothing of aliasing, but that return (a view of) an input when there is nothing to do.
+# Composite operators whose schema says nothing of aliasing, but that return (a view of) an input when there is nothing
+# to do.
 _MAY_RETURN_INPUT = frozenset(
     f"aten::{name}"
     for name in (
         "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout", "type_as", "lift",
-        "conj_physical", "dequantize", "einsum", "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d", "atleast_3d",
-        "chain_matmul", "cartesian_prod", "sum_to_size", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes", "_unsafe_view",
+        "conj_physical", "dequantize", "einsum", "meshgrid", "broadcast_tensors", "atleast_1d", "atleast_2d",
+        "atleast_3d", "chain_matmul", "cartesian_prod", "sum_to_size", "unsafe_split", "unsafe_chunk",
+        "unsafe_split_with_sizes", "_unsafe_view",
     )
 )  # fmt: skip
 
@@ -178,8 +180,8 @@ def written_roots(graph: fx.Graph) -> frozenset[fx.Node]:
 def inferred(target: Any, args: Any, kwargs: Any, mode: Any) -> Any:
     """What an operator gives for these arguments (fake tensors or plain values), under the fake mode `mode`.
 
-    No shape guard comes of it: composite operators take their Python forms (the C++ ones ask for concrete sizes), and what an
-    operator's own meta function asks about sizes was asked when the model was captured.
+    No shape guard comes of it: composite operators take their Python forms (the C++ ones ask for concrete sizes), and
+    what an operator's own meta function asks about sizes was asked when the model was captured.
     """
     from torch._dispatch.python import enable_python_dispatcher
 

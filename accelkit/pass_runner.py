@@ -191,8 +191,9 @@ def _rebind_unbacked(mode: FakeTensorMode, node: fx.Node, new: Any) -> None:
 
 @contextlib.contextmanager
 def _symbolic_inference(mode: FakeTensorMode) -> Iterator[None]:
-    # Composite operators (linear, matmul, ...) must take their Python forms: the C++ ones ask for concrete sizes. And what
-    # an operator's own meta function asks about sizes was asked when the model was captured: only a pass's questions count.
+    # Composite operators (linear, matmul, ...) must take their Python forms: the C++ ones ask for concrete sizes. And
+    # what an operator's own meta function asks about sizes was asked when the model was captured: only a pass's
+    # questions count.
     suppressed = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with enable_python_dispatcher(), suppressed:
         yield
@@ -202,9 +203,13 @@ def _same_call(before: tuple[Any, Any, Any] | None, node: fx.Node) -> bool:
     """Whether the node calls what it called before, on other nodes with the same metadata: nothing new to infer."""
     if before is None or graphs.val(node) is None:
         return False
-    (old, old_spec), (new, new_spec) = (pytree.tree_flatten(call) for call in (before, (node.target, node.args, node.kwargs)))
+    (old, old_spec), (new, new_spec) = (
+        pytree.tree_flatten(call) for call in (before, (node.target, node.args, node.kwargs))
+    )
     return old_spec == new_spec and all(
-        _same_metadata(graphs.val(o), graphs.val(n)) if isinstance(o, fx.Node) and isinstance(n, fx.Node) else type(o) is type(n) and o == n
+        _same_metadata(graphs.val(o), graphs.val(n))
+        if isinstance(o, fx.Node) and isinstance(n, fx.Node)
+        else type(o) is type(n) and o == n
         for o, n in zip(old, new, strict=True)
     )
 

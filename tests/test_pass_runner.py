@@ -68,9 +68,8 @@ def rotten_order(graph: fx.GraphModule) -> None:
 
 
 def does_not_fit(graph: fx.GraphModule) -> None:
-    exp(graph).target = aten.mm.default
-    exp(graph)
-    graph.graph.find_nodes(op="call_function", target=aten.mm.default)[0].args = (inputs(graph)[0], inputs(graph)[0])
+    node = exp(graph)
+    node.target, node.args = aten.mm.default, (inputs(graph)[0], inputs(graph)[0])
 
 
 def other_dtype(graph: fx.GraphModule) -> None:
@@ -114,7 +113,7 @@ BROKEN = {
     raises: "pass planted_bug failed: ZeroDivisionError: by nothing",
     rotten_order: "pass planted_bug left a malformed graph: .*before it has been defined",
     does_not_fit: r"after pass planted_bug: exp \(aten.mm.default\) does not fit its inputs \(x: f32\[2, 3\]",
-    other_dtype: r"planted_bug changed output 0 from f32\[2, 3\] on cpu to f64\[2, 3\] on cpu; cast back before the output",
+    other_dtype: r"planted_bug changed output 0 from f32\[2, 3\] on cpu to f64\[2, 3\] on cpu; cast back",
     other_shape: r"planted_bug changed output 0 from f32\[2, 3\] on cpu to f32\[1, 2, 3\]",
     fewer_outputs: "planted_bug changed the number of outputs from 2 to 1",
     other_input: "planted_bug changed the inputs from",
@@ -140,16 +139,19 @@ def test_a_new_guard() -> None:
             exp(graph).target = aten.sin.default
 
     graph = graph_of(lambda self, x: x.exp(), torch.randn(4, 3), batch=True)
-    with pytest.raises(PassError, match=r"planted_bug added 1 shape guard\(s\), which would freeze a dynamic dimension"):
+    with pytest.raises(
+        PassError, match=r"planted_bug added 1 shape guard\(s\), which would freeze a dynamic dimension"
+    ):
         apply(planted(asks), graph)
 
 
 @pytest.mark.parametrize(
-    "work", [lambda g: setattr(exp(g), "target", aten.cos.default), lambda g: g.graph.erase_node(find(g, aten.mul.Tensor))]
+    "work",
+    [lambda g: setattr(exp(g), "target", aten.cos.default), lambda g: g.graph.erase_node(find(g, aten.mul.Tensor))],
 )
 def test_a_silent_change(work) -> None:
     graph = graph_of(lambda self, x: (x * 2, x.exp())[1], torch.randn(2, 3))
-    with pytest.raises(PassError, match="planted_bug changed (exp|mul) but reports no rewrite"):
+    with pytest.raises(PassError, match=r"planted_bug changed (exp|mul) but reports no rewrite"):
         apply(planted(work, reports=False), graph)
 
 
@@ -204,7 +206,12 @@ def test_the_record() -> None:
     one = planted(lambda graph: setattr(exp(graph), "target", aten.sin.default))
     (record,) = run_passes(graph, [one], on_pass=seen.append)
     assert seen == [one]
-    assert (record.name, record.rewrites, record.nodes_before, record.nodes_after) == ("planted_bug", ("something",), 2, 2)
+    assert (record.name, record.rewrites, record.nodes_before, record.nodes_after) == (
+        "planted_bug",
+        ("something",),
+        2,
+        2,
+    )
     assert 0 < record.seconds < 10
     assert count_operators(graph) == 2
     assert record.to_json()["refusals"] == ()

@@ -1,6 +1,6 @@
 """The standard passes, one a file, written with accelkit's public names alone, and the order in which they run.
 
-    canonical form -> nothing that does nothing -> fusions -> precision -> clean-up -> (in the ONNX-based targets) ONNX clean-up
+canonical form -> no dropout -> fusions -> precision -> clean-up -> ONNX clean-up (in the ONNX-based targets)
 """
 
 from __future__ import annotations

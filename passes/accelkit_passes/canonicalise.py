@@ -1,20 +1,21 @@
 """Graphs that mean the same get one form, so that every later pass needs one pattern.
 
-    1. linear(input=x, weight=w, bias=None)        ->  linear(x, w)            positional as the schema has it, defaults dropped
-    2. add(w, x), mul(w, x); add(old, new)         ->  add(x, w); add(new, old)    weights second, then what is computed earlier
+    1. linear(input=x, weight=w, bias=None)        ->  linear(x, w)            positional, defaults dropped
+    2. add(w, x), mul(w, x), add(old, new)         ->  add(x, w), mul(x, w), add(new, old)  weights and older second
     3. softmax(x, -1), permute(x, [0, -1, -2])     ->  softmax(x, 2), permute(x, [0, 2, 1])
     4. slice(x, 1, None, 2**63 - 1), select(x, 0, -1)  ->  slice(x, 1, 0), select(x, 0, 7)
-    5. view, flatten, unflatten, _unsafe_view      ->  reshape, with known sizes as numbers and the one unknown size as -1
+    5. view, flatten, unflatten, _unsafe_view      ->  reshape, known sizes as numbers, one unknown size as -1
     6. transpose, t, mT, numpy_T, swapaxes, movedim    ->  permute
     7. to.device, to.other, type_as, _to_copy, ... ->  to.dtype(x, dtype)      where only the dtype changes
     8. expand(x, [2, 8, 8]) of x: [1, 8, 8]        ->  expand(x, [2, -1, -1])  sizes that stay are -1
 
 Why these: rewrite patterns are written with positional arguments, with the bias or the residual second, and with these
-spellings of views (1, 2, 3, 5, 6, 7); equal nodes become textually equal for eliminate_common_subexpressions (4, 8); and fewer
-nodes compute sizes (5, 8). Matrix products stay as they are: swapping between mm, matmul and linear may change the last bits.
+spellings of views (1, 2, 3, 5, 6, 7); equal nodes become textually equal for eliminate_common_subexpressions (4, 8);
+and fewer nodes compute sizes (5, 8). Matrix products stay as they are: swapping between mm, matmul and linear may
+change the last bits.
 
-Bit for bit the same: in case 2 addition and multiplication commute, but for the payload of a NaN; a swap that could change the
-memory layout of the result, and with it the order of a later sum, is refused.
+Bit for bit the same: in case 2 addition and multiplication commute, but for the payload of a NaN; a swap that could
+change the memory layout of the result, and with it the order of a later sum, is refused.
 """
 
 from __future__ import annotations
@@ -144,10 +145,10 @@ _DIM_NAMES = ("dim", "dim0", "dim1", "start_dim", "end_dim", "dims")
 _WITH_DIMS = frozenset(
     f"aten::{name}"
     for name in (
-        "softmax", "log_softmax", "_softmax", "_log_softmax", "cat", "concat", "stack", "select", "slice", "narrow", "split",
-        "split_with_sizes", "chunk", "unbind", "squeeze", "unsqueeze", "sum", "mean", "prod", "amax", "amin", "max", "min",
-        "argmax", "argmin", "all", "any", "cumsum", "logsumexp", "index_select", "gather", "scatter", "flip", "var", "std",
-        "topk", "sort", "glu", "roll",
+        "softmax", "log_softmax", "_softmax", "_log_softmax", "cat", "concat", "stack", "select", "slice", "narrow",
+        "split", "split_with_sizes", "chunk", "unbind", "squeeze", "unsqueeze", "sum", "mean", "prod", "amax", "amin",
+        "max", "min", "argmax", "argmin", "all", "any", "cumsum", "logsumexp", "index_select", "gather", "scatter",
+        "flip", "var", "std", "topk", "sort", "glu", "roll",
     )
 )  # fmt: skip
 
@@ -234,7 +235,8 @@ _PERMUTES = frozenset({
 
 
 def _permute(node: fx.Node, target: Target, arguments: dict[str, Any]) -> Call:
-    probe = torch.empty([i + 1 for i in range(val(arguments["self"]).dim())], device="meta")  # dimension i has size i + 1
+    sizes = [dimension + 1 for dimension in range(val(arguments["self"]).dim())]  # each size tells its dimension
+    probe = torch.empty(sizes, device="meta")
     moved = target(**{**arguments, "self": probe})
     return aten.permute.default, {"self": arguments["self"], "dims": [size - 1 for size in moved.shape]}
 

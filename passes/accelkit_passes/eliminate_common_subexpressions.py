@@ -4,11 +4,11 @@
     attribute lm_head.weight is attribute embed.weight        ->  one of them (tied weights under two names)
     sym_size(x, 0), sym_size(mask, 0), the same dynamic size  ->  one of them
 
-Why: captured models compute their masks and position ids anew in every layer; and two reads of one weight that look alike
-let later passes see that the products share an operand.
+Why: captured models compute their masks and position ids anew in every layer; and two reads of one weight that look
+alike let later passes see that the products share an operand.
 
-Two draws of random numbers are two values, and so are a buffer before and after the graph writes to it. Where two outputs would
-become one tensor, both are computed: a caller may write to one of them.
+Two draws of random numbers are two values, and so are a buffer before and after the graph writes to it. Where two
+outputs would become one tensor, both are computed: a caller may write to one of them.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ def _key(graph: fx.GraphModule, node: fx.Node) -> Hashable | None:
     value = val(node)
     if isinstance(value, torch.SymInt) and not node.meta.get("unbacked_bindings"):
         return "size", str(value)
-    arguments = bound_arguments(node)
-    if arguments is None:
-        arguments = dict(enumerate(node.args)) if not node.kwargs and _is_plain(node) else None  # type: ignore[assignment]
-    return None if arguments is None else (node.target, _frozen(list(arguments.values())))
+    bound = bound_arguments(node)
+    if bound is not None:
+        return node.target, _frozen(list(bound.values()))
+    return (node.target, _frozen(node.args)) if _is_plain(node) and not node.kwargs else None
 
 
 def _is_plain(node: fx.Node) -> bool:

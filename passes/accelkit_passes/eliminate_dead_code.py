@@ -4,9 +4,9 @@
     w = attribute weight, no user                   ->  (gone), and the attribute itself where no other node names it
     dropout that is on, copy_ into a buffer, inputs ->  stay
 
-Why: fusions leave the weights that they replaced behind; a graph that still names them keeps them in memory and in every
-engine. fx's own elimination keeps every dropout, even one that is off. A random operator stays although its result is not
-read: without it the others would draw other numbers.
+Why: fusions leave the weights that they replaced behind; a graph that still names them keeps them in memory and in
+every engine. fx's own elimination keeps every dropout, even one that is off. A random operator stays although its
+result is not read: without it the others would draw other numbers.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
     add(arange(8), 1), read by the rest of the graph   ->  attribute add_folded, computed by running the same operators
     permute(attribute weight, [1, 0])                  ->  attribute that is a view of the weight: no memory of its own
 
-Why: position ids, masks and normalised weights are computed again at every call, and ONNX exporters turn some of them into
-operators that nothing can be fused across. Bit for bit the same: each operator runs as the graph would have run it.
+Why: position ids, masks and normalised weights are computed again at every call, and ONNX exporters turn some of them
+into operators that nothing can be fused across. Bit for bit the same: each operator runs as the graph would have run
+it.
 
-Not folded: what an input's sizes enter; what is random or uninitialised; a buffer that the graph writes to, and what shares memory
-with it; what an output would be (a caller could then write into the constant); a result that is larger than all that
-it is computed from and than `limit_bytes` (an expand or arange that would blow up the model: its inputs are folded instead).
+Not folded: what an input's sizes enter; what is random or uninitialised; a buffer that the graph writes to, and what
+shares memory with it; what an output would be (a caller could then write into the constant); a result that is larger
+than all that it is computed from and than `limit_bytes` (an expand or arange that would blow up the model: its inputs
+are folded instead).
 """
 
 from __future__ import annotations

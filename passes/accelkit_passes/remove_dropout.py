@@ -1,8 +1,8 @@
 """Dropout that is off goes.
 
     dropout(x, p, train=False)  ->  x          likewise p=0, and feature_dropout, alpha_dropout, native_dropout
-    dropout(x, p, train=True)   ->  itself: a captured dropout that is on (Monte Carlo dropout, F.dropout(x, training=True))
-                                    is the model's behaviour; RemoveDropout(even_active=True) removes it all the same
+    dropout(x, p, train=True)   ->  itself: a captured dropout that is on (Monte Carlo dropout) is the model's own;
+                                    RemoveDropout(even_active=True) removes it all the same
     scaled_dot_product_attention(q, k, v, dropout_p=p)  ->  kept, or dropout_p=0.0 with even_active=True
 
 Why: the graph is captured in eval mode, so that nearly every dropout does nothing but stand between the operators that
@@ -55,7 +55,9 @@ class RemoveDropout(GraphPass):
 
     def _require_off(self, p: float, on: bool) -> None:
         if on and not self.even_active:
-            raise Refused(f"it is on (p={p}) in the captured model; RemoveDropout(even_active=True) removes it all the same")
+            raise Refused(
+                f"it is on (p={p}) in the captured model; RemoveDropout(even_active=True) removes it all the same"
+            )
 
     def _attention(self, node: fx.Node) -> bool:
         assert isinstance(node.target, torch._ops.OpOverload)

@@ -7,11 +7,12 @@
     5. x * 1, x / 1, x ** 1, x - 0; x + 0 of integers    ->  x   where dtype and shape stay
     6. to(to(x, wider dtype), x's own dtype)             ->  x   every value survives the way there and back
 
-Bit for bit the same, so x + 0 of floats stays: it turns -0.0 into 0.0. RemoveNoOps(ignore_negative_zero=True) removes it too.
-x + -0.0 and x - 0 change nothing, nor does any of these change a NaN into a number.
+Bit for bit the same, so x + 0 of floats stays: it turns -0.0 into 0.0. RemoveNoOps(ignore_negative_zero=True) removes
+it too. x + -0.0 and x - 0 change nothing, nor does any of these change a NaN into a number.
 
-A copy is not nothing where somebody could tell: when an output would become an input's, a weight's or another output's memory,
-or when x is written to before the copy is read. Whether x is contiguous must not depend on how the caller lays out an input.
+A copy is not nothing where somebody could tell: when an output would become an input's, a weight's or another output's
+memory, or when x is written to before the copy is read. Whether x is contiguous must not depend on how the caller lays
+out an input.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class RemoveNoOps(GraphPass):
     """Remove operators that provably do nothing.
 
     Attributes:
-        ignore_negative_zero: remove x + 0 of floating-point tensors too, so that -0.0 stays -0.0 instead of becoming 0.0.
+        ignore_negative_zero: remove x + 0 of floating-point tensors too, so that -0.0 stays -0.0 instead of becoming
+        0.0.
     """
 
     ignore_negative_zero: bool = False
@@ -149,7 +151,8 @@ _WIDER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
 
 def _contiguous(place: _Place) -> fx.Node | None:
     source = place.source
-    if place.arguments["memory_format"] is not torch.contiguous_format or not contiguous(val(source)):
+    wanted = place.node.kwargs.get("memory_format", torch.contiguous_format)
+    if wanted is not torch.contiguous_format or not contiguous(val(source)):
         return None
     if source not in place.fixed:
         raise Refused(f"the layout of {source.name} is the caller's")
@@ -236,7 +239,8 @@ _SPLITS = frozenset({
 
 
 def _arithmetic(place: _Place) -> fx.Node | None:
-    source, number = place.node.args[0], place.node.args[1]
+    source: Any = place.node.args[0]
+    number: Any = place.node.args[1]
     if not isinstance(source, fx.Node) or isinstance(number, fx.Node) or number != _NEUTRAL[place.node.target]:
         return None
     old, new = val(source), val(place.node)
@@ -246,7 +250,7 @@ def _arithmetic(place: _Place) -> fx.Node | None:
         raise Refused("complex arithmetic with a number turns an infinite part into NaN")
     if place.node.target in (aten.add.Tensor, aten.sub.Tensor) and not old.dtype.is_floating_point:
         return place.copy(source)
-    alpha = place.arguments.get("alpha", 1)
+    alpha: Any = place.arguments.get("alpha", 1)
     if not math.isfinite(alpha):
         raise Refused(f"{alpha} times 0 is NaN")
     added = number * alpha if place.node.target is aten.add.Tensor else -(float(number) * alpha)
@@ -265,7 +269,8 @@ _RULES: dict[Any, Callable[[_Place], fx.Node | None]] = {
     **dict.fromkeys((aten.clone.default, aten.lift_fresh_copy.default, aten.lift.default), _copied),
     **dict.fromkeys(
         (
-            aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten._to_copy.default,
+            aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
+            aten._to_copy.default,
         ),
         _cast,
     ),
@@ -276,7 +281,8 @@ _RULES: dict[Any, Callable[[_Place], fx.Node | None]] = {
     **dict.fromkeys(
         (
             aten.expand.default, aten.expand_as.default, aten.view_as.default, aten.reshape_as.default,
-            aten.flatten.using_ints, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.broadcast_to.default,
+            aten.flatten.using_ints, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default,
+            aten.broadcast_to.default,
         ),
         _shape_view,
     ),

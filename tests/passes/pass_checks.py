@@ -18,12 +18,16 @@ from accelkit.testing import apply, run, trace
 BATCH = Dim("batch", min=1, max=64)
 quick = hypothesis.settings(deadline=None, max_examples=25, derandomize=True, database=None)
 floats = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])
-dtypes = st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8])
+dtypes = st.sampled_from(
+    [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
-def graph_of(function: Callable[..., Any], *inputs: torch.Tensor, batch: bool = False, **tensors: Any) -> fx.GraphModule:
-    """The captured graph of `function(self, x, ...)`; `tensors` are what self has; batch=True makes dimension 0 dynamic."""
+def graph_of(
+    function: Callable[..., Any], *inputs: torch.Tensor, batch: bool = False, **tensors: Any
+) -> fx.GraphModule:
+    """The captured graph of `function(self, x, ...)`; self has `tensors`; batch=True makes dimension 0 dynamic."""
     module = type("Case", (nn.Module,), {"forward": function})()
     for name, value in tensors.items():
         if isinstance(value, (nn.Parameter, nn.Module)):

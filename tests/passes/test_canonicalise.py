@@ -5,11 +5,11 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-from accelkit_passes.canonicalise import Canonicalise
 from hypothesis import strategies as st
 from pass_checks import assert_same_bits, check, floats, graph_of, quick, refused, shapes, values
 
 from accelkit.testing import apply, graph_text, run
+from accelkit_passes.canonicalise import Canonicalise
 
 aten = torch.ops.aten
 
@@ -23,7 +23,9 @@ def test_golden() -> None:
     graph = graph_of(spellings, torch.randn(2, 3, 4), torch.rand(2, 3) < 0.5, w=torch.randn(12))
     before = graph_text(graph)
     apply(Canonicalise(), graph)
-    assert before == """\
+    assert (
+        before
+        == """\
 %w: f32[12] = attribute
 %x: f32[2, 3, 4] = input
 %mask: b1[2, 3] = input
@@ -37,7 +39,10 @@ def test_golden() -> None:
 %7: f32[2, 4] = aten.select.int(%6, 0, -1)
 %8: f32[2, 12] = aten.expand(%w, [2, 12])
 return (%4, %5, %7, %8)"""
-    assert graph_text(graph) == """\
+    )
+    assert (
+        graph_text(graph)
+        == """\
 %w: f32[12] = attribute
 %x: f32[2, 3, 4] = input
 %mask: b1[2, 3] = input
@@ -51,6 +56,7 @@ return (%4, %5, %7, %8)"""
 %7: f32[2, 4] = aten.select.int(%6, 0, 1)
 %8: f32[2, 12] = aten.expand(%w, [2, -1])
 return (%4, %5, %7, %8)"""
+    )
 
 
 def test_arguments_are_positional_and_defaults_dropped() -> None:
@@ -69,7 +75,10 @@ def test_arguments_are_positional_and_defaults_dropped() -> None:
 
 LEFT_ALONE = {
     "alpha": (lambda self, x: torch.add(self.w, x, alpha=2), "alpha=2 scales the second operand only"),
-    "layout": (lambda self, x: aten.add.Tensor(x, torch.exp(x.permute(1, 0))), "could change the result's memory layout"),
+    "layout": (
+        lambda self, x: aten.add.Tensor(x, torch.exp(x.permute(1, 0))),
+        "could change the result's memory layout",
+    ),
     "unsafe view": (lambda self, x: aten._unsafe_view.default(x, [9]).exp(), "_unsafe_view of x, which is not"),
     "scalar": (lambda self, x: x * 2, None),
     "order": (lambda self, x: torch.relu(x) + x, None),
@@ -99,8 +108,9 @@ def test_residual_is_second_however_it_was_written() -> None:
 @pytest.mark.parametrize(
     "spell",
     [
-        lambda x: x.transpose(0, 2), lambda x: x.swapaxes(0, -1), lambda x: x.movedim(0, 2), lambda x: x.movedim((0, 1), (2, 0)),
-        lambda x: x.mT, lambda x: x[0].t(), lambda x: x[0, 0].t(), lambda x: aten.numpy_T(x), lambda x: x.permute(-1, 0, 1),
+        lambda x: x.transpose(0, 2), lambda x: x.swapaxes(0, -1), lambda x: x.movedim(0, 2), lambda x: x.movedim((0, 1),
+        (2, 0)), lambda x: x.mT, lambda x: x[0].t(), lambda x: x[0, 0].t(), lambda x: aten.numpy_T(x), lambda x:
+        x.permute(-1, 0, 1),
     ],
 )  # fmt: skip
 def test_permutes(spell) -> None:

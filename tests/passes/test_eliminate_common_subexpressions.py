@@ -5,11 +5,11 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-from accelkit_passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 from pass_checks import check, dtypes, graph_of, quick, refused, shapes, values
 from torch import nn
 
 from accelkit.testing import apply, graph_text, run
+from accelkit_passes.eliminate_common_subexpressions import EliminateCommonSubexpressions
 
 aten = torch.ops.aten
 
@@ -28,7 +28,9 @@ def test_golden() -> None:
     view.args = (x, [size, 3, 1])
     before = graph_text(graph).replace(str(size.meta["val"]), "s0")
     apply(EliminateCommonSubexpressions(), graph)
-    assert before == """\
+    assert (
+        before
+        == """\
 %w: f32[3] = attribute
 %x: f32[s0, 3] = input
 %y: f32[s0, 3] = input
@@ -44,7 +46,10 @@ def test_golden() -> None:
 %9: f32[s0, 3, 1] = aten.view(%x, [%8, 3, 1])
 %10: f32[s0, 3, 1] = aten.mul.Tensor(%9, 2)
 return (%2, %7, %10)"""
-    assert graph_text(graph).replace(str(size.meta["val"]), "s0") == """\
+    )
+    assert (
+        graph_text(graph).replace(str(size.meta["val"]), "s0")
+        == """\
 %w: f32[3] = attribute
 %x: f32[s0, 3] = input
 %y: f32[s0, 3] = input
@@ -58,15 +63,17 @@ return (%2, %7, %10)"""
 %7: f32[s0, 3, 1] = aten.view(%x, [%0, 3, 1])
 %8: f32[s0, 3, 1] = aten.mul.Tensor(%7, 2)
 return (%2, %6, %8)"""
+    )
     assert run(graph, torch.randn(5, 3), torch.randn(5, 3))[2].shape == (5, 3, 1)
 
 
+SHARED = "the same as sin, but two outputs would share memory"
 LEFT_ALONE = {
     "other numbers": (lambda self, x: x.sin() * 1 + x.sin() * 1.0, 1, None),
     "minus zero": (lambda self, x: torch.cos(x + 0.0) + torch.cos(x + -0.0), 0, None),
     "other order": (lambda self, x: (x - self.w) * (self.w - x), 0, None),
-    "two outputs": (lambda self, x: (x.sin(), x.sin()), 0, "the same as sin, but two outputs would share memory"),
-    "views of two": (lambda self, x: (x.sin()[0], x.sin()[1]), 0, "the same as sin, but two outputs would share memory"),
+    "two outputs": (lambda self, x: (x.sin(), x.sin()), 0, SHARED),
+    "views of two": (lambda self, x: (x.sin()[0], x.sin()[1]), 0, SHARED),
     "a size at run time": (
         lambda self, x: torch.nonzero(x > 0).sum() + torch.nonzero(x > 0).sum(), 1,
         "the same as nonzero, but the size of its result is known only at run time",
@@ -142,4 +149,9 @@ def test_numbers(shape: list[int], dtype: torch.dtype) -> None:
     def function(self, x):
         return (x + self.w) * (x + self.w), x.transpose(0, -1) + x.transpose(0, -1), x.sum() + x.sum(), x * 2
 
-    check(EliminateCommonSubexpressions(), graph_of(function, x := values(shape, dtype), w=values([1], dtype)), x, rewrites=3)
+    check(
+        EliminateCommonSubexpressions(),
+        graph_of(function, x := values(shape, dtype), w=values([1], dtype)),
+        x,
+        rewrites=3,
+    )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hypothesis
 import torch
 import torch.nn.functional as F
-from accelkit_passes.eliminate_dead_code import EliminateDeadCode
 from pass_checks import check, dtypes, graph_of, quick, refused, shapes, values
 from torch import nn
 
 from accelkit.testing import apply, graph_text, run
+from accelkit_passes.eliminate_dead_code import EliminateDeadCode
 
 
 def leftovers(self, x):
@@ -24,7 +24,9 @@ def test_golden() -> None:
     graph = graph_of(leftovers, torch.randn(3, 3), w=torch.randn(3), scale=nn.Parameter(torch.randn(3)))
     before = graph_text(graph)
     record = apply(EliminateDeadCode(), graph)
-    assert before == """\
+    assert (
+        before
+        == """\
 %scale: f32[3] = attribute
 %w: f32[3] = attribute
 %x: f32[3, 3] = input
@@ -35,12 +37,16 @@ def test_golden() -> None:
 %4: f32[3] = aten.mul.Tensor(%w, 2)
 %5: f32[3, 3] = aten.add.Tensor(%x, %scale)
 return (%5)"""
-    assert graph_text(graph) == """\
+    )
+    assert (
+        graph_text(graph)
+        == """\
 %scale: f32[3] = attribute
 %x: f32[3, 3] = input
 %0: f32[3, 3] = aten.dropout(%x, 0.1, True)
 %1: f32[3, 3] = aten.add.Tensor(%x, %scale)
 return (%1)"""
+    )
     assert "attribute w" in record.rewrites
     assert not hasattr(graph, "w")
     assert [r.node for r in record.refusals] == ["dropout_1"]
@@ -54,7 +60,10 @@ def test_random_stays() -> None:
 
 def test_what_is_read_stays() -> None:
     x = torch.randn(3)
-    assert refused(EliminateDeadCode(), graph_of(lambda self, x: x.view(3, 1).sum(1) * self.w, x, w=torch.randn(1)), x) == []
+    assert (
+        refused(EliminateDeadCode(), graph_of(lambda self, x: x.view(3, 1).sum(1) * self.w, x, w=torch.randn(1)), x)
+        == []
+    )
 
 
 def test_writes_to_buffers_stay() -> None:

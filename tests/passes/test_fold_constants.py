@@ -5,11 +5,11 @@ from __future__ import annotations
 import hypothesis
 import pytest
 import torch
-from accelkit_passes.fold_constants import FoldConstants
 from pass_checks import check, dtypes, graph_of, quick, refused, shapes, values
 from torch import nn
 
 from accelkit.testing import apply, graph_text, run
+from accelkit_passes.fold_constants import FoldConstants
 
 aten = torch.ops.aten
 
@@ -24,7 +24,9 @@ def test_golden() -> None:
     graph = graph_of(positions, torch.randn(3, 4), w=weight, table=torch.randn(9, 5), scale=torch.tensor(2.0))
     before = graph_text(graph)
     apply(FoldConstants(), graph)
-    assert before == """\
+    assert (
+        before
+        == """\
 %w: f32[5, 4] = attribute
 %table: f32[9, 5] = attribute
 %scale: f32[] = attribute
@@ -38,7 +40,10 @@ def test_golden() -> None:
 %6: f32[] = aten.sum(%x)
 %7: f32[] = aten.add.Tensor(%6, %scale)
 return (%5, %7)"""
-    assert graph_text(graph) == """\
+    )
+    assert (
+        graph_text(graph)
+        == """\
 %scale: f32[] = attribute
 %x: f32[3, 4] = input
 %t_folded: f32[4, 5] = attribute
@@ -48,18 +53,20 @@ return (%5, %7)"""
 %2: f32[] = aten.sum(%x)
 %3: f32[] = aten.add.Tensor(%2, %scale)
 return (%1, %3)"""
+    )
     assert graph.t_folded.data_ptr() == weight.data_ptr()  # a view of the weight, not a copy
     assert not graph.t_folded.requires_grad
 
 
+OUTPUT = "an output would be the constant itself, which a caller could write to"
 BIG = "4000 bytes, more than the 40 it is computed from and than limit_bytes=100"
 LEFT_ALONE = {
     "a weight alone": (lambda self, x: x * self.w, []),
     "an input's": (lambda self, x: x.relu() * 2, []),
     "random": (lambda self, x: x + torch.rand(10), []),
     "uninitialised": (lambda self, x: aten.zeros_like(x) + torch.empty(10).fill_(0) * 0, []),
-    "an output": (lambda self, x: (x + 1, self.w * 2), ["an output would be the constant itself, which a caller could write to"]),
-    "a view as an output": (lambda self, x: (x + 1, (self.w * 2)[:2]), ["an output would be the constant itself, which a caller could write to"]),
+    "an output": (lambda self, x: (x + 1, self.w * 2), [OUTPUT]),
+    "a view as an output": (lambda self, x: (x + 1, (self.w * 2)[:2]), [OUTPUT]),
     "blown up": (lambda self, x: x + self.w.expand(100, 10), [BIG]),
     "a factory": (lambda self, x: x[0] + torch.arange(1000), [BIG.replace("4000", "8000").replace("40 ", "0 ")]),
 }  # fmt: skip

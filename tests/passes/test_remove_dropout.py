@@ -6,11 +6,11 @@ import hypothesis
 import pytest
 import torch
 import torch.nn.functional as F
-from accelkit_passes.remove_dropout import RemoveDropout
 from hypothesis import strategies as st
 from pass_checks import check, floats, graph_of, guards, quick, shapes, values
 
 from accelkit.testing import apply, graph_text
+from accelkit_passes.remove_dropout import RemoveDropout
 
 aten = torch.ops.aten
 ON = "it is on (p=0.5) in the captured model; RemoveDropout(even_active=True) removes it all the same"
@@ -26,7 +26,9 @@ def test_golden() -> None:
     graph = graph_of(attention, torch.randn(2, 3, 4))
     before = graph_text(graph)
     record = apply(RemoveDropout(), graph)
-    assert before == """\
+    assert (
+        before
+        == """\
 %x: f32[2, 3, 4] = input
 %0: f32[2, 3, 4] = aten.mul.Tensor(%x, 2)
 %1: f32[2, 3, 4] = aten.dropout(%0, 0.1, False)
@@ -35,14 +37,21 @@ def test_golden() -> None:
 %4: f32[1, 2, 3, 4] = aten.scaled_dot_product_attention(%3, %3, %3, None, 0.5)
 %5: f32[2, 3, 4] = aten.alpha_dropout(%1, 0.0, True)
 return (%4, %5)"""
-    assert graph_text(graph) == """\
+    )
+    assert (
+        graph_text(graph)
+        == """\
 %x: f32[2, 3, 4] = input
 %0: f32[2, 3, 4] = aten.mul.Tensor(%x, 2)
 %1: f32[2, 3, 4] = aten.feature_dropout(%0, 0.5, True)
 %2: f32[1, 2, 3, 4] = aten.unsqueeze(%1, 0)
 %3: f32[1, 2, 3, 4] = aten.scaled_dot_product_attention(%2, %2, %2, None, 0.5)
 return (%3, %0)"""
-    assert [(r.node, r.reason) for r in record.refusals] == [("feature_dropout", ON), ("scaled_dot_product_attention", ON)]
+    )
+    assert [(r.node, r.reason) for r in record.refusals] == [
+        ("feature_dropout", ON),
+        ("scaled_dot_product_attention", ON),
+    ]
 
 
 def test_even_active() -> None:
@@ -60,7 +69,9 @@ LEFT_ALONE = {
     "native, on by default": (lambda self, x: aten.native_dropout.default(x, 0.5, None)[0], RemoveDropout(), ON),
     "all of it": (lambda self, x: F.dropout(x * 2, 1.0, training=True), RemoveDropout(), ON.replace("0.5", "1.0")),
     "mask": (lambda self, x: aten.native_dropout.default(x + 1, 0.5, False), RemoveDropout(), "its mask is used"),
-    "output of input": (lambda self, x: F.dropout(x, 0.5, True), RemoveDropout(even_active=True), "share memory with x"),
+    "output of input": (
+        lambda self, x: F.dropout(x, 0.5, True), RemoveDropout(even_active=True), "share memory with x",
+    ),
     "native copies": (
         lambda self, x: aten.native_dropout.default(x, 0.5, False)[0], RemoveDropout(), "share memory with x",
     ),
@@ -106,7 +117,9 @@ def test_a_kept_dropout_stays_random() -> None:
 
 
 @quick
-@hypothesis.given(shapes, floats, st.sampled_from([F.dropout, F.alpha_dropout, F.feature_alpha_dropout]), st.floats(0, 1))
+@hypothesis.given(
+    shapes, floats, st.sampled_from([F.dropout, F.alpha_dropout, F.feature_alpha_dropout]), st.floats(0, 1)
+)
 def test_numbers(shape: list[int], dtype: torch.dtype, dropout, p: float) -> None:
     x = values([2, *shape], dtype)
     check(RemoveDropout(), graph_of(lambda self, x: dropout(x.abs(), p, False).sqrt(), x), x, rewrites=1)
