@@ -97,7 +97,8 @@ def test_weights_stay_shared() -> None:
         b.untyped_storage().data_ptr() for b in model.buffers()
     }
     copied = [b for b in graph.state_dict().values() if b.untyped_storage().data_ptr() not in own]
-    assert sum(b.numel() * b.element_size() for b in copied) < 4000  # embedded position and token-type ids; the weights are 200 kB
+    # embedded position and token-type ids; the weights are 200 kB
+    assert sum(b.numel() * b.element_size() for b in copied) < 4000
 
 
 def test_time_does_not_explode() -> None:
