@@ -9,7 +9,7 @@ Sizes are free: a stage that needs `x.shape[0]` computes it from x itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -236,15 +236,16 @@ def _compile(
 ) -> Lowered:
     refusals = [Refusal(n.name, f"{n.target}: {why}") for n, why in refused.items()]
     results = _results(graph)
-    whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results)
+    state = _state(graph)
+    whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results) and not state
     if whole:
         context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
         engine, origin, key = store.build(backend, graph, inputs, context)
         return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin, key)], refusals, 0, graph)
 
     placeholders = graph.graph.find_nodes(op="placeholder")
-    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True))
-    slots = {node: index for index, node in enumerate(placeholders)}
+    values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True)) | state
+    slots = {node: index for index, node in enumerate([*placeholders, *state])}
     steps: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], int]] = []
     pieces: list[Piece] = []
     torch_operators = 0
@@ -253,7 +254,7 @@ def _compile(
         if not stage.nodes:
             continue
         later = {i for s in stages[index + 1 :] for n in s.nodes for i in _tensor_inputs(n)} | set(results)
-        part, taken, given = _extract(graph, stage.nodes, [n for n in stage.nodes if n in later])
+        part, taken, given = _extract(graph, stage.nodes, [n for n in stage.nodes if n in later], state)
         needed = any(s.in_engine for s in stages[index + 1 :])
         examples = [values[n] for n in taken] if stage.in_engine or needed else []
         if stage.in_engine:
@@ -271,9 +272,16 @@ def _compile(
         steps.append((run, tuple(slots[n] for n in taken), len(given)))
         for node in given:
             slots[node] = len(slots)
-    constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr"}
+    constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr" and r not in state}
     returned = tuple(constants[r] if r in constants else slots[r] for r in results)
-    return Lowered(_Stitched(steps, returned), pieces, refusals, torch_operators, graph)
+    return Lowered(_Stitched(steps, tuple(state.values()), returned), pieces, refusals, torch_operators, graph)
+
+
+def _state(graph: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:
+    """The buffers that the graph writes to: engines would keep a copy of a weight, so these are given to them at each call."""
+    tensors = dict(graphs.tensor_attributes(graph))
+    written = {tensors[n].untyped_storage()._cdata for n in graphs.written_roots(graph.graph) if n in tensors}
+    return {node: tensor for node, tensor in tensors.items() if tensor.untyped_storage()._cdata in written}
 
 
 def _results(graph: fx.GraphModule) -> list[fx.Node]:
@@ -298,24 +306,25 @@ class _TorchStage:
 
 
 class _Stitched:
-    """Runs the stages in order; values live in numbered slots, inputs first."""
+    """Runs the stages in order; values live in numbered slots: inputs first, then the buffers that are written to."""
 
     def __init__(
         self,
         steps: list[tuple[Callable[..., Sequence[Any]], tuple[int, ...], int]],
+        state: tuple[torch.Tensor, ...],
         returned: tuple[int | torch.Tensor, ...],
     ) -> None:
-        self._steps, self._returned = steps, returned
+        self._steps, self._state, self._returned = steps, state, returned
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[Any]:
-        slots: list[Any] = list(inputs)
+        slots: list[Any] = [*inputs, *self._state]
         for run, taken, _ in self._steps:
             slots.extend(run(*[slots[i] for i in taken]))
         return tuple(slots[r] if isinstance(r, int) else r for r in self._returned)
 
 
 def _extract(
-    graph: fx.GraphModule, nodes: list[fx.Node], given: list[fx.Node]
+    graph: fx.GraphModule, nodes: list[fx.Node], given: list[fx.Node], state: Container[fx.Node] = ()
 ) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
     """The nodes as a graph of their own: (graph, the nodes it takes, the nodes it gives)."""
     part = fx.Graph()
@@ -326,7 +335,7 @@ def _extract(
     def require(node: fx.Node) -> None:
         if node in copies:
             return
-        if node.op == "get_attr" or _is_free(node):
+        if (node.op == "get_attr" and node not in state) or _is_free(node):
             for i in node.all_input_nodes:
                 require(i)
             return
