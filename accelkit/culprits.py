@@ -2,9 +2,9 @@
 
     graph -> operators that each fail when compiled alone, with the reason
 
-Each operator is tried on inputs of its own, without its neighbours, so one trial answers for many operators at once: all that
-work are cleared together, and only a failing set is split (n operators with k culprits take about k log n trials).
-Operators that differ in nothing but their sizes share one trial.
+Each operator is tried on inputs of its own, without its neighbours, so one trial answers for many operators at once:
+all that work are cleared together, and only a failing set is split (n operators with k culprits take about k log n
+trials). Operators that differ in nothing but their sizes share one trial.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def _search(
 
 
 def _kind(node: fx.Node) -> Any:
-    """What decides whether a compiler knows the operator: the overload, dtypes and ranks, and arguments that are no sizes."""
+    """What decides whether a compiler knows the operator: the overload, dtypes and ranks, and arguments that are no
+    sizes."""
 
     def described(argument: Any) -> str:
         value = graphs.val(argument) if isinstance(argument, fx.Node) else argument

@@ -1,12 +1,14 @@
 """From an accelkit graph to an ONNX model that holds the graph but not the weights.
 
-    fx graph --weights become inputs--> ExportedProgram --torch.onnx.export--> ModelProto --inputs become initializers--> small ModelProto
+    fx graph --weights become inputs--> ExportedProgram --torch.onnx.export--> ModelProto
+       --inputs become initializers--> small ModelProto
 
-The weights travel beside the model: each floating-point tensor of EXTERNAL_BYTES or more is an initializer `@<attribute>` with
-external data at a place that does not exist, and whoever runs the model supplies the live tensor (`external_weights`). While
-the exporter and its optimiser run, weights are plain inputs, so no value of theirs can be folded into the graph: one model
-serves every set of weights, and models above protobuf's 2 GB limit are small. Integer and boolean tensors, and small
-floating-point ones, are part of the model: shapes, indices and tables that the graph's meaning depends on.
+The weights travel beside the model: each floating-point tensor of EXTERNAL_BYTES or more is an initializer
+`@<attribute>` with external data at a place that does not exist, and whoever runs the model supplies the live tensor
+(`external_weights`). While the exporter and its optimiser run, weights are plain inputs, so no value of theirs can be
+folded into the graph: one model serves every set of weights, and models above protobuf's 2 GB limit are small.
+Integer and boolean tensors, and small floating-point ones, are part of the model: shapes, indices and tables that the
+graph's meaning depends on.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     import onnx
 
 EXTERNAL_BYTES = 1024
-"""Floating-point tensors from this size on stay outside the model; the cache's key hashes the contents of all others."""
+"""Floating-point tensors from this size on stay outside; the cache's key hashes the contents of all others."""
 
 _EXPORTING = threading.Lock()  # torch.onnx keeps "an export is going on" in a global
 
@@ -58,12 +60,12 @@ def export_onnx(
     graph: fx.GraphModule,
     *,
     opset: int | None = None,
-    translations: Mapping[torch._ops.OpOverload, Callable[..., Any]] | None = None,
+    translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of `graph`, without its weights (see the module's text); `graph` is not changed.
 
-    Inputs have the placeholders' names, outputs are `output_0`, `output_1`, ...; dimensions that are symbolic in the graph's
-    metadata are symbolic in the model, one name a symbol.
+    Inputs have the placeholders' names, outputs are `output_0`, `output_1`, ...; dimensions that are symbolic in the
+    graph's metadata are symbolic in the model, one name a symbol.
 
     Args:
         graph: an accelkit graph whose outputs are all tensors.
@@ -72,7 +74,8 @@ def export_onnx(
             accelkit's own (accelkit.onnx_translations).
 
     Raises:
-        LoweringError: the exporter cannot take the graph; the message has its reason. `nodes` is empty: see accelkit.culprits.
+        LoweringError: the exporter cannot take the graph; the message has its reason. `nodes` is empty: see
+            accelkit.culprits.
     """
     from accelkit.onnx_translations import TRANSLATIONS
 
@@ -87,7 +90,8 @@ def export_onnx(
         with _EXPORTING, torch.no_grad(), no_fused_multi_head_attention(), _quiet():
             exported = torch.onnx.export(
                 program, dynamo=True, verbose=False, optimize=True, opset_version=opset,
-                input_names=inputs, output_names=outputs, custom_translation_table={**TRANSLATIONS, **(translations or {})},
+                input_names=inputs, output_names=outputs,
+                custom_translation_table={**TRANSLATIONS, **(translations or {})},
             )  # fmt: skip
             assert exported is not None
             model: onnx.ModelProto = exported.model_proto
@@ -124,8 +128,8 @@ def external_weights(model: onnx.ModelProto, graph: fx.GraphModule) -> dict[str,
 def hide_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     """Turn the external initializers of `model` into inputs, in place; returns them for `restore_weights`.
 
-    For passes built on libraries that would read the values that are not there: they would fold them, or take two weights for
-    equal because both look empty.
+    For passes built on libraries that would read the values that are not there: they would fold them, or take two
+    weights for equal because both look empty.
     """
     from onnx import helper
 
@@ -141,7 +145,8 @@ def hide_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
 
 
 def restore_weights(model: onnx.ModelProto, hidden: list[onnx.TensorProto]) -> None:
-    """Turn the inputs that `hide_weights` made back into initializers, in place; those that nothing reads any more go."""
+    """Turn the inputs that `hide_weights` made back into initializers, in place; those that nothing reads any more
+    go."""
     graph = model.graph
     names = {i.name for i in hidden}
     used = {name for node in _all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
@@ -170,6 +175,7 @@ def _lifted(graph: fx.GraphModule) -> tuple[torch.export.ExportedProgram, dict[s
         copies[node].meta = {"val": graphs.val(node)}
     attributes: dict[str, torch.Tensor] = {}
     by_target: dict[str, fx.Node] = {}
+    returned: tuple[fx.Node, ...] = ()
     # One input a target, even where two name one tensor: another model with this graph may not tie its weights.
     for node, tensor in graphs.tensor_attributes(graph):
         target = str(node.target)
@@ -182,13 +188,14 @@ def _lifted(graph: fx.GraphModule) -> tuple[torch.export.ExportedProgram, dict[s
         if node in copies:
             continue
         if node.op == "output":
-            copies[node] = lifted.output(tuple(copies[r] for r in _results(graph)))
+            returned = tuple(copies[r] for r in _results(graph))
+            copies[node] = lifted.output(returned)
         else:
             copies[node] = lifted.node_copy(node, lambda n: copies[n])
             # stack_trace is what torch.onnx keeps with each ONNX node: here, where it came from in this graph
             copies[node].meta = {"val": graphs.val(node), "stack_trace": node.name}
-    names = [n.name for n in lifted.find_nodes(op="placeholder")]
-    results = [n.name for n in lifted.output_node().args[0]]  # type: ignore[union-attr, misc]
+    names = [str(n.name) for n in lifted.find_nodes(op="placeholder")]
+    results = [str(n.name) for n in returned]
     signature = ExportGraphSignature(
         [InputSpec(InputKind.USER_INPUT, TensorArgument(n), None, None) for n in names],
         [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(n), None) for n in results],
@@ -203,10 +210,11 @@ def _lifted(graph: fx.GraphModule) -> tuple[torch.export.ExportedProgram, dict[s
 
 
 def _ranges(graph: fx.GraphModule) -> dict[Any, Any]:
-    ranges = {}
+    ranges: dict[Any, Any] = {}
     for node in graph.graph.nodes:
         value = graphs.val(node)
-        for size in value.shape if isinstance(value, torch.Tensor) else ():
+        sizes: tuple[Any, ...] = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        for size in sizes:
             if isinstance(size, torch.SymInt):
                 known = size.node.shape_env.var_to_range
                 ranges.update({s: known[s] for s in size.node.expr.free_symbols if s in known})
@@ -284,10 +292,12 @@ def _check_dynamic(graph: fx.GraphModule, model: onnx.ModelProto) -> None:
         for index, (size, dim) in enumerate(zip(graphs.val(node).shape, tensor.shape.dim, strict=True)):
             if isinstance(size, torch.SymInt) and dim.HasField("dim_value"):
                 raise LoweringError(
-                    f"the ONNX exporter fixed dimension {index} of {node.name} at {dim.dim_value}, but it is dynamic ({size})"
+                    f"the ONNX exporter fixed dimension {index} of {node.name} at {dim.dim_value}, "
+                    f"but it is dynamic ({size})"
                 )
 
 
 __all__ = [
-    "EXTERNAL_BYTES", "export_onnx", "external_weights", "hide_weights", "initializer_name", "is_external", "restore_weights",
+    "EXTERNAL_BYTES", "export_onnx", "external_weights", "hide_weights", "initializer_name", "is_external",
+    "restore_weights",
 ]  # fmt: skip

@@ -1,10 +1,11 @@
 """ONNX forms of operators where the exporter's own are wrong or slower: `TRANSLATIONS`, by operator overload.
 
-    scaled_dot_product_attention -> MatMul, Softmax, MatMul, with a row that sees nothing giving zeros, as PyTorch's does
+    scaled_dot_product_attention -> MatMul, Softmax, MatMul, and zeros for a row that sees nothing
 
-The exporter (onnxscript's torchlib) replaces a false mask entry by the smallest number instead of minus infinity: a row that is masked as a whole
-then averages all values, where PyTorch gives zeros; and its NaN guard turns a real NaN into zero. It also passes twice over
-the scores, which are [batch, heads, length, length]; the form here keeps the guard on the mask and the result.
+The exporter (onnxscript's torchlib) replaces a false mask entry by the smallest number instead of minus infinity: a
+row that is masked as a whole then averages all values, where PyTorch gives zeros; and its NaN guard turns a real NaN
+into zero. It also passes twice over the scores, which are [batch, heads, length, length]; the form here keeps the
+guard on the mask and the result.
 
 Each function has the operator's own parameters; tensors are onnxscript's symbolic values with `shape` and `dtype`.
 """
@@ -12,6 +13,7 @@ Each function has the operator's own parameters; tensors are onnxscript's symbol
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,8 +34,9 @@ def scaled_dot_product_attention(
 ) -> Any:
     """query [..., L, E], key [..., S, E], value [..., S, V] -> [..., L, V]; numerics as torch's math backend's."""
     import onnx_ir as ir
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
 
+    op: Any = opset18  # the functions take symbolic values and lists where their annotations say arrays
     if dropout_p != 0:
         raise NotImplementedError("attention with dropout on is random")
 
@@ -101,4 +104,6 @@ def _repeat_heads(op: Any, query: Any, tensor: Any) -> Any:
     return op.Reshape(tiled, op.Concat(outer, op.Constant(value_ints=[many]), inner, axis=0), allowzero=1)
 
 
-TRANSLATIONS = {aten.scaled_dot_product_attention.default: scaled_dot_product_attention}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    aten.scaled_dot_product_attention.default: scaled_dot_product_attention
+}

@@ -1,4 +1,4 @@
-"""Eager: the optimised graph as it is, run by PyTorch. The reference for the other targets, and the one that always works."""
+"""Eager: the optimised graph as it is, run by PyTorch: the reference for the other targets, and always there."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Eager(Backend):
 
 
 class EagerEngine(Engine):
-    """Runs the graph. An output that shares memory with an input or a weight is copied: results are always the caller's own."""
+    """Runs the graph. An output that shares memory with an input or a weight is copied: results are always the
+    caller's own."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
@@ -47,7 +48,7 @@ class EagerEngine(Engine):
             return own_memory(results, self._copied)
 
     def describe(self) -> EngineFacts:
-        types = Counter(_result_type(node) for node in self._graph.graph.nodes if node.op == "call_function")
+        types = Counter(result_type(node) for node in self._graph.graph.nodes if node.op == "call_function")
         return EngineFacts(
             backend=Eager.name,
             versions={"torch": torch.__version__},
@@ -71,7 +72,7 @@ def own_memory(results: Sequence[torch.Tensor], positions: Sequence[int]) -> tup
     )  # fmt: skip
 
 
-def _result_type(node: fx.Node) -> str | None:
+def result_type(node: fx.Node) -> str | None:
     value = graphs.val(node)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None

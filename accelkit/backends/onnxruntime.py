@@ -2,9 +2,9 @@
 
     graph --export_onnx, OnnxPass values--> small ModelProto --+ weights from torch's memory--> InferenceSession
 
-The session copies or prepacks every weight as it is created (nothing is shared with the model afterwards: changing a parameter
-in place does not change the engine; a refit makes a new session from the same bytes). Inputs and outputs are not copied.
-How this form was chosen, with numbers: docs/decisions/0002-onnx-runtime-weights.md.
+The session copies or prepacks every weight as it is created (nothing is shared with the model afterwards: changing a
+parameter in place does not change the engine; a refit makes a new session from the same bytes). Inputs and outputs
+are not copied. How this form was chosen, with numbers: docs/decisions/0002-onnx-runtime-weights.md.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 _BLOB = "model.onnx"
 _NAMESPACES = ("aten", "prims", "quantized_decomposed", "accelkit")
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
-_LEVELS = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
+_LEVELS = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 _NO_KERNELS = {  # dtypes that ONNX Runtime's CPU provider computes nothing in
     torch.bfloat16: "bfloat16", torch.complex32: "complex", torch.complex64: "complex", torch.complex128: "complex",
 }  # fmt: skip
@@ -65,7 +70,10 @@ class OnnxRuntime(Backend):
     description: ClassVar[str] = "ONNX Runtime's CPU provider, by way of torch.onnx.export"
 
     def __post_init__(self) -> None:
-        for option, value, known in (("provider", self.provider, _PROVIDERS), ("optimization", self.optimization, _LEVELS)):
+        for option, value, known in (
+            ("provider", self.provider, _PROVIDERS),
+            ("optimization", self.optimization, _LEVELS),
+        ):
             if value not in known:
                 raise InputError(f"OnnxRuntime({option}={value!r}): known are {', '.join(known)}")
         for option, number in (("threads", self.threads), ("inter_op_threads", self.inter_op_threads)):
@@ -75,7 +83,7 @@ class OnnxRuntime(Backend):
     def unavailable(self) -> str | None:
         missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
         if missing:
-            return f"{', '.join(missing)} not installed; pip install \"accelkit[cpu]\""
+            return f'{", ".join(missing)} not installed; pip install "accelkit[cpu]"'
         import onnxruntime
 
         provider = _PROVIDERS[self.provider]
@@ -141,7 +149,7 @@ class OnnxRuntime(Backend):
     ) -> Engine:
         self._require_available()
         import onnx
-        from google.protobuf.message import DecodeError
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
         if _BLOB not in blobs:
             raise LoweringError(f"the stored engine has no {_BLOB} (it has {', '.join(blobs) or 'nothing'})")
@@ -225,7 +233,8 @@ class OnnxRuntimeEngine(Engine):
         self._outputs = [o.name for o in session.get_outputs()]
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Raises InputError for an empty tensor in a dynamic graph (ONNX operators read a size of 0 in several ways)."""
+        """Raises InputError for an empty tensor in a dynamic graph (ONNX operators read a size of 0 in several
+        ways)."""
         feed = {}
         for name, tensor in zip(self._inputs, inputs, strict=True):
             if self._dynamic and not tensor.numel():
@@ -249,12 +258,14 @@ class OnnxRuntimeEngine(Engine):
 def multiply_transposed(model: onnx.ModelProto) -> int:
     """MatMul(x, Transpose(weight)) -> FusedMatMul(x, weight, transB=1); returns how many.
 
-    ONNX Runtime folds Transpose(weight) when it creates the session: a copy of every weight at once, which is then packed (a
-    second one). Its own fused operator packs the weight as it is. Float only: there is no other kernel.
+    ONNX Runtime folds Transpose(weight) when it creates the session: a copy of every weight at once, which is then
+    packed (a second one). Its own fused operator packs the weight as it is. Float only: there is no other kernel.
     """
     float_weights = {i.name for i in model.graph.initializer if i.data_type == 1 and len(i.dims) == 2}
     transposed = {
-        node.output[0]: node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in float_weights
+        node.output[0]: node
+        for node in model.graph.node
+        if node.op_type == "Transpose" and node.input[0] in float_weights
     }  # fmt: skip
     fused = 0
     for node in model.graph.node:

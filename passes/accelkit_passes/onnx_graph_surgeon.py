@@ -1,7 +1,7 @@
 """Fold what is computed from constants, and drop what nothing reads, by onnx-graphsurgeon: Add(2, 3) -> 5.
 
-Only results up to `limit_bytes` are folded, so that a small constant is not blown up into the model. Weights that the model does
-not hold are hidden meanwhile: nothing that depends on them is folded.
+Only results up to `limit_bytes` are folded, so that a small constant is not blown up into the model. Weights that the
+model does not hold are hidden meanwhile: nothing that depends on them is folded.
 """
 
 from __future__ import annotations
@@ -16,8 +16,25 @@ from accelkit.pass_api import OnnxPass, PassResult
 if TYPE_CHECKING:
     import onnx
 
-_RANDOM = ("Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike")
-_NUMPY_LACKS = {16: "bfloat16", 17: "float8", 18: "float8", 19: "float8", 20: "float8", 21: "int4", 22: "int4", 23: "float4"}
+_RANDOM = (
+    "Bernoulli",
+    "Dropout",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+)
+_NUMPY_LACKS = {
+    16: "bfloat16",
+    17: "float8",
+    18: "float8",
+    19: "float8",
+    20: "float8",
+    21: "int4",
+    22: "int4",
+    23: "float4",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ def _package() -> Any:
     try:
         import onnx_graphsurgeon
     except ImportError as error:
-        raise PassError("pass onnx_graph_surgeon needs onnx-graphsurgeon: pip install \"accelkit[cpu]\"") from error
+        raise PassError('pass onnx_graph_surgeon needs onnx-graphsurgeon: pip install "accelkit[cpu]"') from error
     return onnx_graphsurgeon
 
 

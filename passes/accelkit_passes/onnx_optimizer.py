@@ -1,9 +1,9 @@
-"""Run onnxoptimizer's rewrites over the ONNX model: Identity(x) -> x, Transpose(Transpose(x)) -> Transpose(x), and so on.
+"""Run onnxoptimizer's rewrites over the ONNX model: Identity(x) -> x, Transpose(Transpose(x)) -> Transpose(x), ...
 
-The exporter leaves shape arithmetic, identities and duplicates behind that hide patterns from a runtime's own fusions. The
-default list holds only rewrites that depend on the graph's structure and on small constants; large weights are hidden from
-onnxoptimizer meanwhile (with their values absent, its `eliminate_duplicate_initializer` takes all of one shape for equal, and
-`eliminate_nop_with_unit` drops them), so adding others to the list is safe too, but they do not see weights.
+The exporter leaves shape arithmetic, identities and duplicates behind that hide patterns from a runtime's own
+fusions. The default list holds only rewrites that depend on the graph's structure and on small constants; large
+weights are hidden from onnxoptimizer meanwhile (with their values absent, its `eliminate_duplicate_initializer` takes
+all of one shape for equal), so adding others to the list is safe too, but they do not see weights.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _package() -> Any:
     try:
         import onnxoptimizer
     except ImportError as error:
-        raise PassError("pass onnx_optimizer needs onnxoptimizer: pip install \"accelkit[cpu]\"") from error
+        raise PassError('pass onnx_optimizer needs onnxoptimizer: pip install "accelkit[cpu]"') from error
     return onnxoptimizer
 
 
