@@ -138,6 +138,16 @@ def test_what_torch_does_not_even_export_is_refused() -> None:
     assert "has no running statistics" in FuseConvBatchNorm().run(graph).refusals[0].reason
 
 
+def test_result_read_twice_is_refused() -> None:
+    graph = trace(Wired(lambda m, x: native(m, x)[0].relu()), torch.randn(2, 3, 8, 8))
+    relu, item = (next(n for n in graph.graph.nodes if n.name == name) for name in ("relu", "getitem"))
+    with graph.graph.inserting_before(relu):
+        again = graph.graph.call_function(item.target, item.args)
+        sum_of_both = graph.graph.call_function(torch.ops.aten.add.Tensor, (item, again))
+    relu.replace_input_with(item, sum_of_both)
+    assert "result is read 2 times" in FuseConvBatchNorm().run(graph).refusals[0].reason
+
+
 def test_bias_that_overflows_is_refused() -> None:
     model = plain()
     nn.init.constant_(model[1].running_mean, 1e38)
