@@ -24,6 +24,7 @@ from accelkit.twin import clone_inputs, preserved, quiet
 if TYPE_CHECKING:
     from accelkit.pipeline import Plan
 
+_NO_LIMIT = 2**30
 MAX_SHAPES = 8
 """A captured piece is built for at most this many input shapes; further ones run in PyTorch, with a warning."""
 
@@ -45,9 +46,12 @@ def build_in_pieces(plan: Plan, refusal: CaptureError, args: tuple[Any, ...], kw
     report.breaks.append(str(refusal))
     call = _without_gradients(torch.compile(plan.twin, backend=PieceBackend(plan, report), dynamic=False))
     before = dict(counters["graph_break"])
-    with preserved(plan.twin), quiet("torch._dynamo"):
+    # TorchDynamo keeps so many compilations for one forward, of whatever model: this one must not be the first beyond
+    limits = torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT)
+    with preserved(plan.twin), quiet("torch._dynamo"), limits:
         call(*clone_inputs(args), **clone_inputs(kwargs))
-    report.breaks += [_reason(why) for why, count in counters["graph_break"].items() if count > before.get(why, 0)]
+    counted = [_reason(why) for why, count in counters["graph_break"].items() if count > before.get(why, 0)]
+    report.breaks += [why for why in counted if not any(why in known for known in report.breaks)]
     if not report.variants:
         raise CaptureError(f"{refusal} | torch.compile's front end captured no piece either") from refusal
     return Built((), plan.twin, report, None, call)
@@ -66,6 +70,16 @@ def _reason(text: object) -> str:
     return " ".join(str(text).partition("Hint:")[0].split())
 
 
+def _break_after(graph: fx.GraphModule) -> str:
+    """Why and where TorchDynamo ended this graph before the model's end; "" where it did not, or does not say."""
+    ended = getattr(graph, "compile_subgraph_reason", None)
+    if ended is None or not ended.graph_break:
+        return ""
+    line = ended.user_stack[-1] if ended.user_stack else None
+    words = "a branch on a tensor's value" if ended.reason.startswith("generic_jump") else _reason(ended.reason)
+    return words + (f" at {line.filename}:{line.lineno}" if line is not None else "")
+
+
 class PieceBackend:
     """A TorchDynamo backend: each captured graph goes through accelkit's pipeline.
 
@@ -76,6 +90,8 @@ class PieceBackend:
         self.plan, self.report = plan, report
 
     def __call__(self, graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if (text := _break_after(graph)) and text not in self.report.breaks:
+            self.report.breaks.append(text)
         if not any(node.op in ("call_function", "call_method", "call_module") for node in graph.graph.nodes):
             return graph.forward
         return _Piece(self.plan, self.report, graph, len(self.report.variants))
