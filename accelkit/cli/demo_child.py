@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 import accelkit
+from accelkit.persistence import read_manifest
 
 
 def main(arguments: Sequence[str]) -> int:
     model_path, inputs_path, embeddings_path = arguments
+    started = time.perf_counter()
     fast = accelkit.load(model_path)
+    load_seconds = time.perf_counter() - started
     batches: dict[int, dict[str, torch.Tensor]] = {}
     with np.load(inputs_path, allow_pickle=False) as arrays:
         for key in arrays.files:
@@ -27,8 +31,15 @@ def main(arguments: Sequence[str]) -> int:
             batches.setdefault(int(number), {})[name] = torch.from_numpy(arrays[key])
     embeddings = torch.cat([fast(**batches[number]) for number in sorted(batches)])
     np.savez(embeddings_path, embeddings=embeddings.numpy())
-    origins = [piece.origin for variant in fast.report().variants for piece in variant.pieces]
-    print(json.dumps({"stats": fast.stats(), "origins": origins, "transformers": "transformers" in sys.modules}))
+    origins = sorted({piece.origin for variant in fast.report().variants for piece in variant.pieces})
+    told = {
+        "stats": fast.stats(),
+        "origins": origins,
+        "engines_in_file": len(json.loads(read_manifest(model_path))["engines"]),
+        "load_seconds": load_seconds,
+        "transformers": "transformers" in sys.modules,
+    }
+    print(json.dumps(told))
     return 0
 
 
