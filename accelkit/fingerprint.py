@@ -168,7 +168,10 @@ class _Writer:
             if str(symbol) not in self.symbols:
                 bounds = ranges.get(symbol)
                 self.symbols[str(symbol)] = f"n{len(self.symbols)}"
-                self.lines.append(f"{self.symbols[str(symbol)]} in {bounds and (str(bounds.lower), str(bounds.upper))}")
+                # torch.export traces with sizes of 2 and more, and says so of the graph that it captured; of the same
+                # graph read back from a file it says the declared minimum, which may be 1.
+                low = bounds and ("2" if bounds.lower in (0, 1) else str(bounds.lower))
+                self.lines.append(f"{self.symbols[str(symbol)]} in {bounds and (low, str(bounds.upper))}")
         renamed = expression.xreplace({s: _symbol(self.symbols[str(s)], s) for s in free})
         return f"{type(size).__name__} {renamed}"
 
