@@ -95,7 +95,10 @@ class _Writer:
         for node in module.graph.nodes:
             # the output's values are its arguments'; only a graph that torch.export has read back repeats them here
             value = None if node.op == "output" else graphs.val(node)
-            self.lines.append(f"{self._node(module, node, places)} -> {self._value(value)}")
+            # Strides inside follow from the inputs' and the operators; where sizes are dynamic they are expressions,
+            # which come out otherwise simplified in a graph that was read back.
+            shown = self._value(value, with_strides=node.op != "call_function")
+            self.lines.append(f"{self._node(module, node, places)} -> {shown}")
             places[node] = len(places)
         self.lines.append("end")
 
@@ -147,14 +150,16 @@ class _Writer:
         number, first = memory.split()
         return f"memory {number} + {tensor.storage_offset() - int(first)}"
 
-    def _value(self, value: Any) -> str:
+    def _value(self, value: Any, with_strides: bool = True) -> str:
         """A node's fake value: dtype, device, shape and strides, with symbols renamed."""
         if isinstance(value, torch.Tensor):
             shape = ", ".join(map(self._size, value.shape))
+            if not with_strides and any(not isinstance(size, int) for size in value.shape):
+                return f"{value.dtype} {value.device} [{shape}]"
             steps = ", ".join(map(self._size, value.stride())) if value.layout is torch.strided else str(value.layout)
             return f"{value.dtype} {value.device} [{shape}] [{steps}]"
         if isinstance(value, (tuple, list)):
-            return f"({', '.join(map(self._value, value))})"
+            return f"({', '.join(self._value(v, with_strides) for v in value)})"
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             return self._size(value)
         return self._argument(value, {})

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
+import accelkit
 import pytest
 import torch
 from accelkit.cli import demo, demo_child, main
@@ -176,6 +178,19 @@ def test_demo_without_any_target(
     error = capsys.readouterr().err
     assert "skipped: target onnxruntime: onnxruntime is not here: pip install onnxruntime" in error
     assert "the demo has no target to show" in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("first", ["batch", "length"])
+def test_engines_for_varying_sizes_fit_when_loaded(first: str, tiny: texts.SentenceEncoder, tmp_path: Path) -> None:
+    """The declared minimum of 1 is not what torch.export says of the captured graph, but of the loaded one."""
+    dims = {"batch": {0: accelkit.Dim("batch", max=64)}, "length": {1: accelkit.Dim("length", min=3, max=99)}}
+    shapes = {name: dims[first] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    inputs = tokenize(SENTENCES[:3])
+    fast = accelkit.optimize(tiny, inputs, target="onnxruntime", dynamic_shapes=shapes, cache=False)
+    fast.save(tmp_path / "tiny.accel")
+    loaded = accelkit.load(tmp_path / "tiny.accel", cache=False)
+    assert [piece.origin for v in loaded.report().variants for piece in v.pieces] == ["artifact"]
+    torch.testing.assert_close(loaded(**inputs), fast(**inputs))
 
 
 def test_child_wants_three_paths() -> None:
