@@ -146,7 +146,10 @@ def _evaluate(graph: fx.GraphModule, wanted: fx.Node, values: dict[fx.Node, Any]
 
 
 def _fold(graph: fx.GraphModule, node: fx.Node, value: torch.Tensor) -> None:
-    name = set_attribute(graph, f"{node.name}_folded", value.detach())
+    # matmul sums in another order where the second operand wants a gradient, as a piece of a split parameter does even
+    # under no_grad: the constant wants what the value wanted
+    constant = value.detach().requires_grad_(value.requires_grad)
+    name = set_attribute(graph, f"{node.name}_folded", constant)
     with graph.graph.inserting_before(node):
         folded = graph.graph.get_attr(name)
     node.replace_all_uses_with(folded)
