@@ -26,7 +26,7 @@ _MIN_NODES = 4
 
 
 class Stored(NamedTuple):
-    """An engine, where it came from (`compiled`, `cache`, `artifact`), and the key it is kept under ("" where nothing is kept)."""
+    """An engine, where it came from (`compiled`, `cache`, `artifact`), and the key that a cache or a file keeps it under."""
 
     engine: Engine
     origin: str
@@ -57,7 +57,11 @@ class AlwaysCompile:
     def build(
         self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
     ) -> Stored:
-        return Stored(backend.compile(graph, inputs, context), "compiled", "")
+        from accelkit.fingerprint import engine_key
+
+        # the key is what an artifact keeps the engine under
+        key = engine_key(graph, backend, context.precision, context.onnx_passes, inputs)
+        return Stored(backend.compile(graph, inputs, context), "compiled", key)
 
     def recall(self, program: Any, lowered: Lowered, tolerance: float | None, results: Sequence[Any]) -> Any | None:
         return None
@@ -75,7 +79,7 @@ class Piece:
         graph: the part, as it was compiled.
         operators: number of operators in it.
         origin: where the engine came from: `compiled`, `cache` or `artifact`.
-        key: what the engine is kept under; "" where nothing is kept.
+        key: what a cache or a file keeps the engine under.
     """
 
     engine: Engine

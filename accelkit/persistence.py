@@ -65,7 +65,7 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
     engines: dict[str, dict[str, str]] = {}
     for variant in built.variants:
         for piece in variant.lowered.pieces:
-            if not piece.key or piece.key in engines:
+            if piece.key in engines:
                 continue
             blobs = piece.engine.serialize()
             names = {name: f"engines/{len(engines)}/{number}" for number, name in enumerate(blobs)}
