@@ -216,7 +216,7 @@ def _permute(place: _Place) -> fx.Node | None:
     source, first = inner.args[0], (bound_arguments(inner) or {})["dims"]
     assert isinstance(source, fx.Node)
     # Two that do not cancel stay two: nobody computes anything for either, and Inductor's attention patterns ignore a
-    # permutation's dimensions, so that a composed one is taken for the plain transpose of the keys (seen with 2.11, 2.13).
+    # permutation's dimensions, so that a composed one is taken for the plain transpose of the keys (torch 2.11, 2.13).
     return source if [first[d] % len(dims) for d in dims] == list(range(len(dims))) else None
 
 

@@ -105,6 +105,10 @@ LEFT_ALONE = {
     "every second": (lambda self, x: x[:, :1][:, ::2].contiguous().sin(), None),
     "another shape": (lambda self, x: x.repeat(1, 2), None),
     "a true permute": (lambda self, x: x.permute(1, 0).sin(), None),
+    "permutes that do not cancel": (
+        lambda self, x: aten.permute(aten.permute(x[None], [1, 2, 0]), [1, 0, 2]).sin(),
+        None,
+    ),
     "two pieces": (lambda self, x: [p.sin() for p in x.split(2)], None),
     "channels last": (lambda self, x: x[None, None].to(memory_format=torch.channels_last).sin(), None),
 }
