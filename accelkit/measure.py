@@ -3,8 +3,8 @@
     timings = interleaved({"eager": lambda: model(x), "accelkit": lambda: fast(x)}, seconds=2)
     timings["accelkit"].median_ms, timings["accelkit"].spread_ms
 
-Interleaving (A B A B ...) makes a drift of the machine's speed hit all candidates alike; a difference smaller than the spread
-is no difference.
+Interleaving (A B A B ...) makes a drift of the machine's speed hit all candidates alike; a difference smaller than the
+spread is no difference.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _memory_bytes() -> int | None:
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Where numbers come from: date, machine (a sentence), hardware (its facts) and versions, `packages`' among them."""
+    """Where numbers come from: date, machine (a sentence), hardware (its facts), versions (`packages`' among them)."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine_sentence(),
@@ -263,8 +263,8 @@ def write_results(name: str, rows: list[dict[str, Any]], folder: Path | str, **f
         name: the benchmark's name.
         rows: one dict a measured row.
         folder: normally `benchmarks/results`.
-        facts: anything else worth keeping (`title` and `table` for the README, see docs/generate_tables.py; goals, notes),
-            and `packages` to list versions of.
+        facts: anything else worth keeping (`title` and `table` for the README, see docs/generate_tables.py; goals,
+            notes), and `packages` to list versions of.
 
     Returns:
         the file's path.

@@ -4,8 +4,8 @@
     python benchmarks/bert_tools.py --model vit-b16-224 --batch 1,8
     python benchmarks/bert_tools.py --quick              # does it work? Short, small, and nothing is recorded
 
-One process; for each batch size every tool is built, its error taken against a float64 copy of the model, and all are timed
-in interleaved rounds. Half precision is bf16 on a CPU and fp16 on a GPU. Writes
+One process; for each batch size every tool is built, its error taken against a float64 copy of the model, and all are
+timed in interleaved rounds. Half precision is bf16 on a CPU and fp16 on a GPU. Writes
 benchmarks/results/<machine>/<name>.json, .md and .png.
 """
 
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.quick:  # build seconds are those of a first build; set before torch is imported
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="accelkit-bench-inductor-")
     import torch
+
     from accelkit.measure import write_results
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,7 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{subject}: ms a batch (times as fast as PyTorch fp32)"
     table = results_table(rows, batches)
     folder = options.output or (Path(tempfile.mkdtemp(prefix="accelkit-quick-")) if options.quick else RESULTS)
-    facts: dict[str, Any] = {"model": model_name, "device": device, "packages": ("onnxruntime", "onnxscript", "transformers")}
+    facts: dict[str, Any] = {
+        "model": model_name,
+        "device": device,
+        "packages": ("onnxruntime", "onnxscript", "transformers"),
+    }
     if not options.quick:  # a file with a table is shown in the README
         facts |= {"title": title, "table": table}
     path = write_results(name, rows, folder, **facts)
@@ -61,7 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"wrote {path} and .md, .png beside it")
     if failures := [row for row in rows if row["failure"]]:
         for row in failures:
-            print(f"not measured: {row['tool']} {row['precision']} batch {row['batch']}: {row['failure']}", file=sys.stderr)
+            print(
+                f"not measured: {row['tool']} {row['precision']} batch {row['batch']}: {row['failure']}",
+                file=sys.stderr,
+            )
     return 0
 
 
@@ -71,8 +79,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=lambda text: [int(word) for word in text.split(",")], help="such as 1,8")
     parser.add_argument("--seconds", type=float, help="timed rounds of one batch size (default: 60; 2 with --quick)")
     parser.add_argument("--rounds", type=int, help="exactly this many rounds, however long they take")
-    parser.add_argument("--output", type=Path, help="results folder (default: benchmarks/results; a temporary one with --quick)")
-    parser.add_argument("--quick", action="store_true", help=f"model {QUICK_MODEL}, batch 1, for a look whether all works")
+    parser.add_argument(
+        "--output", type=Path, help="results folder (default: benchmarks/results; a temporary one with --quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"model {QUICK_MODEL}, batch 1, for a look whether all works"
+    )
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (2.0 if options.quick else 60.0)
     return options
@@ -84,10 +96,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure_batch(model_name: str, batch: int, device: str, seconds: float, rounds: int | None) -> list[dict[str, Any]]:
     """Build every tool for one batch size, and time all that could be built."""
     import torch
+    from by_hand import float64_outputs, quiet, worst_error
+
     from accelkit.cli.bench import on_device
     from accelkit.measure import interleaved
     from accelkit.models import load_model
-    from by_hand import float64_outputs, quiet, worst_error
 
     model, inputs = load_model(model_name, batch)
     assert inputs is not None  # a built-in model
@@ -130,11 +143,12 @@ def measure_batch(model_name: str, batch: int, device: str, seconds: float, roun
 
 def tools(model: Any, inputs: Any, device: str) -> dict[Key, Callable[[], Any]]:
     """Everything that is compared, in the table's order: (tool, precision) -> what builds it."""
-    import accelkit
     import torch
+    from by_hand import flat_call, onnxruntime_session, plain, torch_compiled
+
+    import accelkit
     from accelkit import plugins
     from accelkit.cli.targets import missing
-    from by_hand import flat_call, onnxruntime_session, plain, torch_compiled
 
     half = ("fp16", torch.float16) if device == "cuda" else ("bf16", torch.bfloat16)
     both = (("fp32", torch.float32), half)

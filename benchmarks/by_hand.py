@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelkit.accuracy import relative_error
-from accelkit.models import Inputs
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from accelkit.accuracy import relative_error
+from accelkit.models import Inputs
 
 Call = Callable[[], list[torch.Tensor]]
 

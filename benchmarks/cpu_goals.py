@@ -92,9 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}; with fewer than all the README shows none")
-    parser.add_argument("--output", type=Path, help="results folder (default: benchmarks/results; a temporary one with --quick)")
-    parser.add_argument("--quick", action="store_true", help="small models and few rounds, for a look whether all works")
+    parser.add_argument(
+        "--only", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}; with fewer than all the README shows none"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="results folder (default: benchmarks/results; a temporary one with --quick)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small models and few rounds, for a look whether all works"
+    )
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--model", default=BERT, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
@@ -113,11 +119,18 @@ class Runner:
         self.rounds = 1 if quick else 5
         self.seconds = 2.0 if quick else 60.0
 
+    def name(self, model: str) -> str:
+        """The model that stands for `model` in this run."""
+        return QUICK[model] if self.quick else model
+
     def part(self, name: str, model: str = BERT, cache: str | None = None) -> dict[str, Any]:
         """One part in a process of its own; without `cache`, with a cache folder of its own."""
         with tempfile.TemporaryDirectory(prefix="accelkit-goals-") as folder:
-            environment = os.environ | {"ACCELKIT_CACHE_DIR": cache or folder, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-            command = [sys.executable, __file__, "--part", name, "--model", QUICK[model] if self.quick else model]
+            environment = os.environ | {
+                "ACCELKIT_CACHE_DIR": cache or folder,
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+            }
+            command = [sys.executable, __file__, "--part", name, "--model", self.name(model)]
             command += ["--seconds", str(self.seconds)]
             print(f"{name} {model}", file=sys.stderr, flush=True)
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
@@ -131,13 +144,14 @@ class Runner:
         goals = []
         for model, over_plain, over_half in ((BERT, 1.85, 3.8), (VIT, 1.9, 3.6)):
             found = self.part("speed", model)
+            name = self.name(model)
             wanted = [
                 ("accelkit onnxruntime fp32", PLAIN, over_plain),
                 ("accelkit onnxruntime fp32", BY_HAND, 0.98),
                 ("accelkit inductor bf16", PLAIN, over_half),
             ]
             goals += [
-                Goal(f"{model}, batch 1: {tool} over {other}", factor, "x", True, _ratio(found, other, tool), found)
+                Goal(f"{name}, batch 1: {tool} over {other}", factor, "x", True, _ratio(found, other, tool), found)
                 for tool, other, factor in wanted
             ]
         return goals
@@ -176,10 +190,13 @@ class Runner:
         hand_s, first_s = _median(by_hand, "first_s"), _median(first, "first_s")
         ratio = first_s / hand_s if first_s is not None and hand_s else None
         details = {"by_hand": by_hand, "optimize": first, "optimize_from_cache": new_process}
-        second = "optimize() of BERT-base for onnxruntime from the cache"
+        what = f"optimize() of {self.name(BERT)} for onnxruntime"
+        second = f"{what} from the cache"
         return [
-            Goal("optimize() of BERT-base for onnxruntime, checks included, over export and session by hand", 1.3, "x", False, ratio, details),
-            Goal(f"{second}, same process", 1.5, "s", False, _median(same_process, "second_s"), {"see": "the row above"}),
+            Goal(f"{what}, checks included, over export and session by hand", 1.3, "x", False, ratio, details),
+            Goal(
+                f"{second}, same process", 1.5, "s", False, _median(same_process, "second_s"), {"see": "the row above"}
+            ),
             Goal(f"{second}, new process", 1.5, "s", False, _median(new_process, "first_s"), {"see": "the row above"}),
         ]
 
@@ -187,9 +204,8 @@ class Runner:
         """Peak of optimize(), the model's own weights included."""
         found, by_hand = self.part("memory"), self.part("memory_by_hand")
         details = {"optimize": found, "by_hand": by_hand}
-        return [
-            Goal("peak memory of optimize() of BERT-base for onnxruntime, over the weights' bytes", 3.0, "x", False, found.get("factor"), details)
-        ]
+        what = f"peak memory of optimize() of {self.name(BERT)} for onnxruntime, over the weights' bytes"
+        return [Goal(what, 3.0, "x", False, found.get("factor"), details)]
 
 
 def _ratio(found: dict[str, Any], other: str, tool: str) -> float | None:

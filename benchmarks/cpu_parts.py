@@ -11,16 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 CALL_ROUNDS_MS = 5.0
-"""A sample of a call of some microseconds repeats it until it lasts this long, so that the clock's own cost vanishes."""
+"""A sample of a call of some microseconds repeats it until it lasts this long: the clock's own cost vanishes."""
 
 
 def speed(model_name: str, seconds: float) -> dict[str, Any]:
     """All candidates of one model at batch 1, interleaved: medians in ms and errors against float64."""
     import torch
+    from by_hand import flat_call, float64_outputs, onnxruntime_session, plain, quiet, torch_compiled, worst_error
+
     from accelkit.errors import AccelkitError
     from accelkit.measure import interleaved
     from accelkit.models import load_model
-    from by_hand import flat_call, float64_outputs, onnxruntime_session, plain, quiet, torch_compiled, worst_error
 
     model, inputs = load_model(model_name)
     assert inputs is not None  # a built-in model
@@ -58,11 +59,12 @@ def speed(model_name: str, seconds: float) -> dict[str, Any]:
 
 def call(model_name: str, seconds: float) -> dict[str, Any]:
     """A CompiledModel's call beside its engine's own on the same tensors, in us, for three forms of call."""
-    import accelkit
     import torch
+    from torch import nn
+
+    import accelkit
     from accelkit.measure import interleaved
     from accelkit.models import load_model
-    from torch import nn
 
     linear, inputs = load_model("one-linear")
     assert isinstance(inputs, tuple)
@@ -98,7 +100,9 @@ def call(model_name: str, seconds: float) -> dict[str, Any]:
         "keyword tensors": (lambda: keywords_engine(x, x), lambda: keywords(first=x, second=x)),
         "dict output": (lambda: dictionary_engine(x), lambda: dictionary(x)),
     }
-    calls = {f"{form}, {who}": c for form, pair in pairs.items() for who, c in zip(("engine", "model"), pair, strict=True)}
+    calls = {
+        f"{form}, {who}": c for form, pair in pairs.items() for who, c in zip(("engine", "model"), pair, strict=True)
+    }
     timings = interleaved(calls, seconds=seconds / 4, warmup=20, min_sample_ms=CALL_ROUNDS_MS, max_rounds=2000)
     forms = {}
     for form in pairs:
@@ -182,13 +186,14 @@ def memory_by_hand(model_name: str, seconds: float) -> dict[str, Any]:
 
 
 def _peak(model_name: str, run: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    import accelkit  # noqa: F401
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
     import onnxscript  # noqa: F401
+    from transformers import BertModel  # noqa: F401
+
+    import accelkit  # noqa: F401
     from accelkit.measure import peak_memory, resident_bytes
     from accelkit.models import load_model
-    from transformers import BertModel  # noqa: F401
 
     before_bytes = resident_bytes()  # after the imports: code is no copy of weights
     model, inputs = load_model(model_name)

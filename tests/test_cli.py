@@ -11,9 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-import accelkit
 import pytest
 import torch
+
+import accelkit
 from accelkit import plugins
 from accelkit.backends.eager import Eager
 from accelkit.cache import EngineCache
@@ -130,7 +131,8 @@ def test_debug_gives_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 def test_models_own_exception_is_told_by_its_name(models: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["optimize", f"{models}:faulty", "--target", "eager", "--output", "m.accel"]) == 1
     assert (
-        only_line(capsys.readouterr().err) == "accelkit: error: ArithmeticError: the model's own trouble (--debug shows where)"
+        only_line(capsys.readouterr().err)
+        == "accelkit: error: ArithmeticError: the model's own trouble (--debug shows where)"
     )
     assert not Path("m.accel").exists()
 

@@ -85,7 +85,9 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--target", type=comma_list, metavar="A,B", help="targets (default: all that can run here)")
-    parser.add_argument("--precision", type=comma_list, default=["fp32"], metavar="A,B", help="precisions (default: fp32)")
+    parser.add_argument(
+        "--precision", type=comma_list, default=["fp32"], metavar="A,B", help="precisions (default: fp32)"
+    )
     parser.add_argument("--batch", type=batch_sizes, default=[1], metavar="N,M", help="batch sizes (default: 1)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the model runs (default: cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows, machine and versions as JSON")
@@ -114,10 +116,8 @@ def run(options: argparse.Namespace) -> int:
             kind = "skipped" if row.target == PYTORCH else "error"
             complain(f"{kind}: {row.target} {row.precision} at batch {row.batch}: {row.failure}")
     if json_path is not None:
-        facts = provenance("onnx", "onnxruntime", "transformers")
-        write_json(
-            json_path, {"name": "bench", "model": options.model, **facts, "skipped": skipped, "rows": [r.to_json() for r in rows]}
-        )
+        facts = {"name": "bench", "model": options.model, **provenance("onnx", "onnxruntime", "transformers")}
+        write_json(json_path, {**facts, "skipped": skipped, "rows": [row.to_json() for row in rows]})
         print(f"wrote {json_path}")
     return 1 if any(row.failure and row.target != PYTORCH for row in rows) else 0
 
@@ -149,7 +149,9 @@ def choose_pairs(
     return pairs, skipped
 
 
-def _measure_batch(options: argparse.Namespace, batch: int, pairs: list[tuple[str, str]], progress: Progress) -> list[Row]:
+def _measure_batch(
+    options: argparse.Namespace, batch: int, pairs: list[tuple[str, str]], progress: Progress
+) -> list[Row]:
     model, inputs = load_model(options.model, batch)
     inputs = on_device(require_inputs(options.model, inputs), options.device)
     model = model.eval().to(options.device)
@@ -225,7 +227,7 @@ def on_device(inputs: Inputs, device: str) -> Inputs:
 
 
 def plain_call(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Callable[[], Any] | None:
-    """The model cast by hand, as PyTorch's users do it; None where it cannot run so. The model itself is not changed."""
+    """A copy of the model cast by hand, as PyTorch's users do it; None where it cannot run so."""
     if dtype == torch.float32:
         return call_of(model, inputs)
     narrow = copy.deepcopy(model).to(dtype)

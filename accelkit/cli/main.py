@@ -1,6 +1,7 @@
 """Parses the command line, runs the subcommand, and turns what went wrong into one sentence and an exit code.
 
-Exit codes: 0 done; 1 an error, told in one sentence on standard error; 2 a wrong command line; 130 interrupted (Ctrl-C).
+Exit codes: 0 done; 1 an error, told in one sentence on standard error; 2 a wrong command line; 130 interrupted
+(Ctrl-C); 141 the reader of its output left.
 A subcommand is a module with `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(options) -> exit code`.
 """
 

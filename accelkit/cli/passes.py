@@ -1,4 +1,4 @@
-"""List the passes: what each does, its options with their defaults, its place in the default pipeline, and whose it is."""
+"""List the passes: what each does, its options and defaults, its place in the default pipeline, and whose it is."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _default_places() -> dict[str, str]:
-    """Pass name -> its places in the default pipeline, in the order they run; and for which precisions, where not for all."""
+    """Pass name -> its places in the default pipeline, in that order, with its precisions where it is not for all."""
     pipelines: dict[str, list[str]] = {}
     for name, precision in Precision.known.items():
         graph_passes, onnx_passes = resolve_passes(None, precision)

@@ -2,8 +2,8 @@
 
     token vectors -> mean over the tokens that are not padding -> length 1
 
-That is the pooling its model card gives (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2). The sentences, in
-demo_sentences.txt, were written for accelkit.
+That is the pooling its model card gives (https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2). The
+sentences, in demo_sentences.txt, were written for accelkit.
 """
 
 from __future__ import annotations
