@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,23 @@ def inferred(target: Any, args: Any, kwargs: Any, mode: Any) -> Any:
     suppressed = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with mode, torch.no_grad(), enable_python_dispatcher(), suppressed:
         return target(*args, **kwargs)
+
+
+def laid_out(graph: fx.GraphModule) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """Brings inputs into the memory layout that the graph was captured with, where that was the plain one.
+
+    Export drops `x.contiguous()` where the example was contiguous, and `x.view(...)` then fails on a transposed input.
+    """
+    fakes = [val(node) for node in graph.graph.find_nodes(op="placeholder")]
+    plain = [i for i, fake in enumerate(fakes) if isinstance(fake, torch.Tensor) and fake.is_contiguous()]
+
+    def lay_out(inputs: Sequence[Any]) -> Sequence[Any]:
+        wrong = [i for i in plain if not inputs[i].is_contiguous()]
+        if not wrong:
+            return inputs
+        return [value.contiguous() if i in wrong else value for i, value in enumerate(inputs)]
+
+    return lay_out
 
 
 def describe_value(value: Any) -> str:

@@ -302,11 +302,11 @@ class _TorchStage:
     """A part of the graph that stays in PyTorch."""
 
     def __init__(self, part: fx.GraphModule) -> None:
-        self._forward = part.forward
+        self._forward, self._laid_out = part.forward, graphs.laid_out(part)
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         with torch.no_grad():
-            return self._forward(*inputs)  # type: ignore[no-any-return]
+            return self._forward(*self._laid_out(inputs))  # type: ignore[no-any-return]
 
 
 class _Stitched:

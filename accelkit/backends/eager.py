@@ -38,11 +38,12 @@ class EagerEngine(Engine):
     def __init__(self, graph: fx.GraphModule) -> None:
         self._graph = graph
         self._forward = graph.forward
+        self._laid_out = graphs.laid_out(graph)
         self._copied = shared_outputs(graph)
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         with torch.no_grad():
-            results = self._forward(*inputs)
+            results = self._forward(*self._laid_out(inputs))
             if not self._copied:
                 return results  # type: ignore[no-any-return]
             return own_memory(results, self._copied)

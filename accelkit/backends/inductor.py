@@ -112,6 +112,7 @@ class InductorEngine(Engine):
         self._dynamic = _dynamic_dimensions(graph)
         self._compiled: dict[tuple[bool, ...], Callable[..., Sequence[torch.Tensor]]] = {}
         self._warned = False
+        self._frozen, self._unfrozen_because = backend.freezing, ""
         for example in self._examples([t.detach().contiguous() for t in inputs]):
             self._compile(example)
 
@@ -132,14 +133,18 @@ class InductorEngine(Engine):
             notes.append(
                 f"compiled for {len(self._compiled)} case(s); sizes that Inductor specialised against run in PyTorch"
             )
-        if self._backend.freezing:
+        if self._unfrozen_because:
+            notes.append(
+                f"weights are not frozen in: Inductor fails on this graph with frozen ones ({self._unfrozen_because})"
+            )
+        if self._frozen:
             notes.append("weights are frozen in: changing a parameter afterwards does not change the engine")
         weights = {id(t): t.nbytes for _, t in graphs.tensor_attributes(self._graph)}
         return EngineFacts(
             backend=self._backend.name,
             versions=self._backend.versions(),
             precisions={name: count for name, count in types.items() if name is not None},
-            memory_bytes=sum(weights.values()) if self._backend.freezing else 0,
+            memory_bytes=sum(weights.values()) if self._frozen else 0,
             notes=tuple(notes),
         )
 
@@ -181,24 +186,33 @@ class InductorEngine(Engine):
                 torch._dynamo.mark_dynamic(inputs[i], d)
         module = _noticing(self._graph, self._ran_in_pytorch)
         try:
-            with (
-                _COMPILING,
-                torch.no_grad(),
-                warnings.catch_warnings(),
-                torch._inductor.config.patch(self._backend.settings()),
-                # equal sizes in the example are a coincidence unless the graph says otherwise
-                torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
-            ):
-                warnings.simplefilter("ignore")  # torch's own, about torch's own code
-                compiled = torch.compile(
-                    module, fullgraph=True, dynamic=None if self._dynamic else False,
-                    options={"guard_filter_fn": _shape_guards_only},
-                )  # fmt: skip
-                compiled(*inputs)
+            self._generate(module, inputs)
         except Exception as error:
-            raise LoweringError(f"Inductor cannot compile the graph: {_reason(error)}") from error
+            if not self._frozen:
+                raise LoweringError(f"Inductor cannot compile the graph: {_reason(error)}") from error
+            # Packed weights take layouts that Inductor's own checks do not always expect (seen with convolutions).
+            self._frozen, self._unfrozen_because = False, _reason(error)
+            return self._compile(inputs)
         # Never compiles: what the guards refuse runs the module's own code.
         self._compiled[ones] = torch._dynamo.run(module.forward)
+
+    def _generate(self, module: fx.GraphModule, inputs: list[torch.Tensor]) -> None:
+        settings = self._backend.settings() | {"freezing": self._frozen}
+        with (
+            _COMPILING,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            torch._inductor.config.patch(settings),
+            # equal sizes in the example are a coincidence unless the graph says otherwise
+            torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        ):
+            warnings.simplefilter("ignore")  # torch's own, about torch's own code
+            # the module's __call__ would hide an error that the generated code raises behind one of its own
+            compiled = torch.compile(
+                module.forward, fullgraph=True, dynamic=None if self._dynamic else False,
+                options={"guard_filter_fn": _shape_guards_only},
+            )  # fmt: skip
+            compiled(*inputs)
 
 
 def _noticing(graph: fx.GraphModule, notice: Callable[[], None]) -> fx.GraphModule:
