@@ -286,7 +286,14 @@ def _dynamic_shapes(example: Any, dims: dict[int, dict[int, Dim]], binder: Binde
             entry[position] = exported[dim.name]
         specs.append(entry if isinstance(leaf, torch.Tensor) else None)
     args_spec, kwargs_spec = pytree.tree_unflatten(specs, spec)
-    return binder.by_parameter(args_spec, kwargs_spec)
+    by_parameter = binder.by_parameter(args_spec, kwargs_spec)
+    for name, kind, _ in binder.parameters:
+        if kind == "VAR_KEYWORD" and by_parameter.get(name):
+            raise InputError(
+                f"dynamic_shapes for a call that fills **{name} ({', '.join(by_parameter[name])}): torch.export does not support "
+                "that; name these inputs as parameters of forward, or leave dynamic_shapes out"
+            )
+    return by_parameter
 
 
 # --- flattening

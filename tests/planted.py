@@ -1,4 +1,4 @@
-"""Backends planted with a fault, for tests: they refuse operators, compute wrongly, fail, or count what is asked of them."""
+"""Backends planted with a fault, for tests: they refuse operators, compute wrongly, fail, or count what is asked."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ import accelkit
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 
 
+Spoil = Callable[[list[Any], tuple[Any, ...]], list[Any]]
+"""(results, inputs) -> what the engine gives instead."""
+
+
 class GraphEngine(Engine):
     """Runs the graph, then whatever the test does to the results."""
 
-    def __init__(self, graph: fx.GraphModule, spoil: Callable[[list[Any], tuple[Any, ...]], list[Any]] | None = None) -> None:
+    def __init__(
+        self, graph: fx.GraphModule, spoil: Callable[[list[Any], tuple[Any, ...]], list[Any]] | None = None
+    ) -> None:
         self.graph, self.spoil = graph, spoil
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -32,10 +38,10 @@ class GraphEngine(Engine):
 
 @dataclass(frozen=True)
 class Planted(Backend):
-    """Refuses operators whose names are in `refuse`; `fail` gets the graph before it is compiled; `spoil` the results."""
+    """Refuses operators whose names are in `refuse`; `fail` gets the graph before it is compiled; `spoil` its results."""
 
     refuse: frozenset[str] = frozenset()
-    spoil: Callable[[list[Any], tuple[Any, ...]], list[Any]] | None = None
+    spoil: Spoil | None = None
     fail: Callable[[fx.GraphModule], None] | None = None
     compiled: list[fx.GraphModule] = field(default_factory=list, compare=False, repr=False)
 
@@ -75,7 +81,7 @@ def in_threads(work: Callable[[int], None], threads: int = 8) -> None:
         try:
             start.wait()
             work(index)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again by the test's own thread
             errors.append(error)
 
     running = [threading.Thread(target=run, args=(i,)) for i in range(threads)]

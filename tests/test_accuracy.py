@@ -55,7 +55,13 @@ def test_relative_error_does_not_depend_on_scale_or_order(scale: float, size: in
     assert relative_error(a.flip(0), b.flip(0)) == pytest.approx(error, rel=1e-9)
 
 
-def one(result: torch.Tensor, reference: torch.Tensor, plain: torch.Tensor | None, precision: Any = FP32, tolerance: Any = None) -> Any:
+def one(
+    result: torch.Tensor,
+    reference: torch.Tensor,
+    plain: torch.Tensor | None,
+    precision: Any = FP32,
+    tolerance: Any = None,
+) -> Any:
     (checked,) = check_outputs([result], [reference], None if plain is None else [plain], ["y"], precision, tolerance)
     return checked
 

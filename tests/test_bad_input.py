@@ -49,7 +49,7 @@ def test_torchscript_is_refused_with_what_to_give() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         scripted = torch.jit.trace(nn.Linear(4, 2), X)
-    with pytest.raises(InputError, match="TorchScript module, which cannot be captured; give the nn.Module"):
+    with pytest.raises(InputError, match=r"TorchScript module, which cannot be captured; give the nn.Module"):
         optimize(scripted, X)
 
 
@@ -159,7 +159,9 @@ def raised_by(call: Any, *args: Any) -> BaseException:
     ids=["shape", "dtype", "index", "precision"],
 )
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
-def test_an_example_that_the_model_rejects_gives_the_models_own_exception(model: Any, example: Any, target: str) -> None:
+def test_an_example_that_the_model_rejects_gives_the_models_own_exception(
+    model: Any, example: Any, target: str
+) -> None:
     own, ours = raised_by(model, example), raised_by(lambda x: optimize(model, x, target=target), example)
     assert type(ours) is type(own)
     assert str(ours) == str(own)
@@ -206,7 +208,7 @@ def test_uncovered_calls_fall_back_and_are_counted() -> None:
     stats = fast.stats()
     assert (stats["calls"], stats["fallback"]) == (2, 2)
     assert "input has shape [5, 4], captured as [2, 4]" in stats["fallback_reasons"]
-    with pytest.raises(RuntimeError, match="expected m1 and m2 to have the same dtype|must have the same dtype"):
+    with pytest.raises(RuntimeError, match=r"expected m1 and m2 to have the same dtype|must have the same dtype"):
         fast(X.double())
 
 
@@ -234,7 +236,9 @@ def test_a_constant_that_changes_falls_back_or_is_refused() -> None:
     assert torch.equal(fast(X, X, scale=-2.0), X * X * -2)
     assert fast.stats()["fallback"] == 2
     strict = optimize(TwoInputs(), (X, X, 3.0), fallback=False)
-    with pytest.raises(InputError, match=r"scale was 3.0 when the model was captured and is 2.0 now.*optimize\(\) once for each"):
+    with pytest.raises(
+        InputError, match=r"scale was 3.0 when the model was captured and is 2.0 now.*optimize\(\) once for each"
+    ):
         strict(X, X, 2.0)
 
 
@@ -517,7 +521,10 @@ def test_nested_inputs_and_outputs() -> None:
     model = Structures()
 
     def example() -> dict[str, Any]:
-        return {"data": {"a": torch.randn(3), "b": [torch.randn(3), torch.randn(3)]}, "pair": Pair(torch.randn(2), torch.randn(2))}
+        return {
+            "data": {"a": torch.randn(3), "b": [torch.randn(3), torch.randn(3)]},
+            "pair": Pair(torch.randn(2), torch.randn(2)),
+        }
 
     fast = optimize(model, example())
     inputs = example()

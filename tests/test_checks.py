@@ -90,7 +90,7 @@ def test_an_operator_without_float64_is_compared_with_plain_pytorch() -> None:
 
     variant = optimize(Bits(), torch.randn(4)).report().variants[0]
     assert any("compared with plain PyTorch, since an operator has no float64 form" in n for n in variant.notes)
-    with pytest.raises(AccuracyError, match="output is off by 1.00e\\+00"):
+    with pytest.raises(AccuracyError, match=r"output is off by 1.00e\+00"):
         optimize(Bits(), torch.randn(4), target=Planted(spoil=lambda results, inputs: [results[0] + 1]))
 
 

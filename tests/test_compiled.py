@@ -24,7 +24,9 @@ class Three(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 3)
 
-    def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, flag: bool = False) -> torch.Tensor:
+    def forward(
+        self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None, *, flag: bool = False
+    ) -> torch.Tensor:
         result = self.linear(a - 2 * b)
         return result if c is None else result * c[:, :3]
 
@@ -105,7 +107,9 @@ def test_buckets(target: str) -> None:
 
 
 def test_bucket_mistakes() -> None:
-    with pytest.raises(InputError, match=r"buckets names \['rows'\], which dynamic_shapes does not declare \(declared: \['batch'\]\)"):
+    with pytest.raises(
+        InputError, match=r"buckets names \['rows'\], which dynamic_shapes does not declare \(declared: \['batch'\]\)"
+    ):
         optimize(Net(), torch.randn(3, 6), dynamic_shapes=BATCH, buckets={"rows": (1,)})
     with pytest.raises(InputError, match="bucket batch=99 is outside what the program covers, 1 to 16"):
         optimize(Net(), torch.randn(3, 6), dynamic_shapes=BATCH, buckets={"batch": (99,)})
@@ -118,7 +122,7 @@ class SpecialAtOne(nn.Module):
 
 class ShapeAtOne(nn.Module):
     def forward(self, x: torch.Tensor) -> list[int]:
-        return [d for d in x.squeeze().shape]
+        return list(x.squeeze().shape)
 
 
 @pytest.mark.parametrize("model", [SpecialAtOne(), ShapeAtOne()], ids=lambda m: type(m).__name__)
@@ -175,7 +179,9 @@ def test_built_once_at_the_first_call_from_several_threads() -> None:
 
 @pytest.mark.parametrize("ask", [lambda f: f.save("x"), lambda f: f.refit({}), lambda f: f.signature])
 def test_what_needs_a_built_model_says_so(ask: Any) -> None:
-    with pytest.raises(accelkit.AccelkitError, match=r"needs a built model: call it once, or give optimize\(\) example_inputs"):
+    with pytest.raises(
+        accelkit.AccelkitError, match=r"needs a built model: call it once, or give optimize\(\) example_inputs"
+    ):
         ask(optimize(Net()))
 
 

@@ -50,13 +50,15 @@ def test_pieces_with_the_reasons_in_the_report() -> None:
     assert len(report.variants) >= 2
     assert "torch.export cannot capture DataDependent at" in report.breaks[0]
     assert "test_dynamo.py" in report.breaks[0]
-    assert any("a branch on a tensor's value at " in b and "test_dynamo.py:33" in b for b in report.breaks[1:]), report.breaks
+    assert any("a branch on a tensor's value at " in b and "test_dynamo.py:" in b for b in report.breaks[1:]), (
+        report.breaks
+    )
     assert "not captured:" in str(report)
     assert fast.stats()["variants"] == {"captured pieces": 3}
 
 
 def test_dynamic_shapes_need_a_whole_capture() -> None:
-    with pytest.raises(CaptureError, match="dynamic_shapes needs a model that torch.export captures whole"):
+    with pytest.raises(CaptureError, match=r"dynamic_shapes needs a model that torch.export captures whole"):
         optimize(DataDependent(), torch.ones(2, 4), dynamic_shapes={"x": {0: Dim("n")}})
 
 
@@ -124,7 +126,9 @@ def test_torch_compile_with_several_shapes(target: str, dynamic: bool | None) ->
 
 def test_torch_compile_takes_options_of_optimize_only() -> None:
     fast = torch.compile(nn.Linear(2, 2), backend="accelkit", options={"traget": "eager"})
-    with pytest.raises(Exception, match=r"no option \['traget'\]; it has cache, passes, precision, progress, target, tolerance"):
+    with pytest.raises(
+        Exception, match=r"no option \['traget'\]; it has cache, passes, precision, progress, target, tolerance"
+    ):
         fast(torch.randn(1, 2))
 
 
@@ -144,7 +148,9 @@ def test_gradients_run_in_pytorch_with_a_warning() -> None:
 @pytest.mark.parametrize("target", ["eager", "onnxruntime"])
 def test_torch_compile_follows_weights_changed_in_place(target: str) -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.BatchNorm1d(4), nn.ReLU()).eval()
-    fast = torch.compile(model, backend="accelkit", options={"target": target, "cache": False})  # default passes: they fold
+    fast = torch.compile(
+        model, backend="accelkit", options={"target": target, "cache": False}
+    )  # default passes: they fold
     x = torch.randn(2, 3, 5)
     with torch.no_grad():
         torch.testing.assert_close(fast(x), model(x))

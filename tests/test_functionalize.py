@@ -1,4 +1,4 @@
-"""In-place operators in captured graphs: gone, with the same values bit for bit, and composite operators still whole."""
+"""In-place operators in captured graphs: gone, with the same values bit for bit; composite operators still whole."""
 
 from __future__ import annotations
 
@@ -154,10 +154,27 @@ def no_use_of_result(x: torch.Tensor) -> torch.Tensor:
 
 
 PATTERNS = [
-    relu_, chained, use_before_and_after, masked_fill_on_view, write_column, view_then_write, write_through_two_views,
-    on_input, on_slice_of_input, promoted_add, promoted_add_then_again, comparison_in_place, integers_into_floats,
-    transposed_in_place, unsqueezed_in_place, index_put, scattered, split_parts, strides_kept, no_use_of_result,
-]  # fmt: skip
+    relu_,
+    chained,
+    use_before_and_after,
+    masked_fill_on_view,
+    write_column,
+    view_then_write,
+    write_through_two_views,
+    on_input,
+    on_slice_of_input,
+    promoted_add,
+    promoted_add_then_again,
+    comparison_in_place,
+    integers_into_floats,
+    transposed_in_place,
+    unsqueezed_in_place,
+    index_put,
+    scattered,
+    split_parts,
+    strides_kept,
+    no_use_of_result,
+]
 
 
 def assert_same(model: nn.Module, *inputs: torch.Tensor) -> Any:
@@ -179,7 +196,9 @@ def assert_same(model: nn.Module, *inputs: torch.Tensor) -> Any:
     for node in program.graph.graph.nodes:  # every node is what its metadata says
         if graphs.is_mutating(node):
             assert str(node.target) in ("aten.copy_.default", "aten.instance_norm.default")
-            assert node.target is not torch.ops.aten.copy_.default or all(root.op in ("placeholder", "get_attr") for root in graphs.storage_roots(node.args[0]))
+            assert node.target is not torch.ops.aten.copy_.default or all(
+                root.op in ("placeholder", "get_attr") for root in graphs.storage_roots(node.args[0])
+            )
     return program
 
 
@@ -243,14 +262,33 @@ def test_running_statistics_that_no_schema_mentions(model: nn.Module) -> None:
 
 def test_composite_operators_stay_whole_beside_in_place_ones() -> None:
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3, inplace=True), nn.SiLU(inplace=True),
-        nn.GroupNorm(2, 4), nn.Hardswish(inplace=True), nn.Flatten(), nn.LayerNorm(4 * 36), nn.Linear(144, 5), nn.ELU(inplace=True),
-    ).eval()  # fmt: skip
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.3, inplace=True),
+        nn.SiLU(inplace=True),
+        nn.GroupNorm(2, 4),
+        nn.Hardswish(inplace=True),
+        nn.Flatten(),
+        nn.LayerNorm(4 * 36),
+        nn.Linear(144, 5),
+        nn.ELU(inplace=True),
+    ).eval()
     program = assert_same(model, torch.randn(2, 3, 8, 8))
     names = [str(n.target).split(".")[1] for n in program.graph.graph.nodes if n.op == "call_function"]
     assert names == [
-        "conv2d", "batch_norm", "relu", "dropout", "silu", "group_norm", "hardswish", "flatten", "layer_norm", "linear", "elu",
-    ]  # fmt: skip
+        "conv2d",
+        "batch_norm",
+        "relu",
+        "dropout",
+        "silu",
+        "group_norm",
+        "hardswish",
+        "flatten",
+        "layer_norm",
+        "linear",
+        "elu",
+    ]
 
 
 UNARY = ["relu_", "sigmoid_", "tanh_", "neg_", "abs_", "exp_"]

@@ -66,9 +66,12 @@ class RandomDag(nn.Module):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    seed=st.integers(0, 2**32), length=st.integers(1, 12),
-    refuse=st.frozensets(st.sampled_from(["sin", "relu", "tanh", "add", "mul", "mm", "cat", "div", "sub", "sum", "slice"])),
-)  # fmt: skip
+    seed=st.integers(0, 2**32),
+    length=st.integers(1, 12),
+    refuse=st.frozensets(
+        st.sampled_from(["sin", "relu", "tanh", "add", "mul", "mm", "cat", "div", "sub", "sum", "slice"])
+    ),
+)
 def test_any_refusals_leave_the_result_as_it_is(seed: int, length: int, refuse: frozenset[str]) -> None:
     torch.manual_seed(seed)
     backend = Planted(refuse=refuse)
@@ -87,7 +90,9 @@ def test_any_refusals_leave_the_result_as_it_is(seed: int, length: int, refuse: 
 
 
 def test_a_graph_that_is_taken_whole_is_one_engine() -> None:
-    lowered, results, expected = lowered_and_expected(nn.Sequential(nn.Linear(3, 4), nn.ReLU()), Planted(), torch.randn(2, 3))
+    lowered, results, expected = lowered_and_expected(
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU()), Planted(), torch.randn(2, 3)
+    )
     assert_equal(results, expected)
     assert [p.operators for p in lowered.pieces] == [2]
     assert (lowered.refusals, lowered.torch_operators) == ([], 0)
@@ -212,7 +217,7 @@ def test_a_failure_that_names_operators_is_retried_without_them() -> None:
     def no_sin(graph: fx.GraphModule) -> None:
         context.records.append(PassRecord("an onnx pass", (), (), 1, 1, 0.0))
         if names := [n.name for n in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.sin.default)]:
-            raise LoweringError("planted", {name: "planted: cannot compile" for name in names})
+            raise LoweringError("planted", dict.fromkeys(names, "planted: cannot compile"))
 
     context = CompileContext()
     program = capture(Sandwich(), (torch.randn(2, 4),), {})

@@ -1,4 +1,4 @@
-"""save and load: the same outputs in a new process, rebuilt where something does not fit, refused where it cannot be kept."""
+"""save and load: the same outputs in a new process; rebuilt where something does not fit, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ def test_another_runtime_version_rebuilds_and_says_so(tmp_path: Path, monkeypatc
     torch.testing.assert_close(again(ids)["y"], model(ids)["y"].detach())
 
 
-def test_an_engine_that_computes_something_else_here_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_computes_something_else_here_is_rebuilt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelkit.backends.onnxruntime import OnnxRuntime, OnnxRuntimeEngine
 
     model = Net().eval()
@@ -186,7 +188,11 @@ class InPieces(nn.Module):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (nn.ReLU(), {"target": Unregistered()}, r"unregistered \(.*Unregistered\) is not registered as an entry point of accelkit.backends"),
+        (
+            nn.ReLU(),
+            {"target": Unregistered()},
+            r"unregistered \(.*Unregistered\) is not registered as an entry point of accelkit.backends",
+        ),
         (nn.ReLU(), {"target": Planted()}, r"planted .* is not registered"),
         (nn.ReLU(), {"passes": (OwnPass(),)}, r"own_pass .* is not registered as an entry point of accelkit.passes"),
         (InPieces(), {}, r"InPieces was captured in pieces and has no program to save"),

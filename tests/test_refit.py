@@ -33,7 +33,9 @@ class Tied(nn.Module):
 
 
 def convolution() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 16, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 16, 5)
+    )
     model[1].running_mean.normal_()
     model[1].running_var.uniform_(0.5, 2)
     return model
