@@ -111,9 +111,7 @@ def _overflowed(result: torch.Tensor, plain: torch.Tensor, reference: torch.Tens
     return torch.where(lost & same, plain.to(reference.dtype), reference)
 
 
-def _allowed(
-    yardstick: float | None, precision: Precision, result: torch.Tensor, reference: torch.Tensor
-) -> float:
+def _allowed(yardstick: float | None, precision: Precision, result: torch.Tensor, reference: torch.Tensor) -> float:
     if not (reference.is_floating_point() or reference.is_complex()):
         return YARDSTICK_FACTOR * (yardstick or 0.0)
     epsilon = precision.epsilon
@@ -166,7 +164,9 @@ class _WideRun:
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
         if node.target is torch.ops.aten.view.dtype:
-            raise NotImplementedError(f"{node.name} ({node.target}) reads the bits of a tensor, which are others in float64")
+            raise NotImplementedError(
+                f"{node.name} ({node.target}) reads the bits of a tensor, which are others in float64"
+            )
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _widen(values[n]))
         args, kwargs = _wide_dtypes(args), _wide_dtypes(kwargs)
         target: Any = node.target

@@ -129,7 +129,8 @@ def specialise(program: Program, tensors: tuple[torch.Tensor, ...]) -> Program:
     flat = from_exported(exported, program.signature.binder, (tensors, {}), {}, tensors)
     shapes = iter(flat.signature.tensors)
     inputs = tuple(
-        dataclasses.replace(i, shape=next(shapes).shape) if isinstance(i, TensorSpec) else i for i in program.signature.inputs
+        dataclasses.replace(i, shape=next(shapes).shape) if isinstance(i, TensorSpec) else i
+        for i in program.signature.inputs
     )
     # a size among the outputs has become a number
     outputs = tuple(o if isinstance(o, Constant) else flat.signature.outputs[o] for o in program.signature.outputs)
@@ -330,7 +331,7 @@ def _flatten_inputs(graph: fx.GraphModule, leaves: list[Any], names: list[str]) 
             specs.append(_tensor_spec(name, graphs.val(node)))
             continue
         if node.users:
-            node.replace_all_uses_with(leaf)  # type: ignore[arg-type]
+            node.replace_all_uses_with(leaf)
         graph.graph.erase_node(node)
         specs.append(Constant(name, leaf))
     return tuple(specs)

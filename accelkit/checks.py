@@ -1,6 +1,6 @@
 """The proof that goes into the report: error against float64, and time beside the original model.
 
-    captured program in float64 = truth;  the original model in the precision asked for = yardstick;  compiled = what is judged
+captured program in float64 = truth;  the original model in the precision asked for = yardstick;  compiled = what is judged
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def _judge(
         if plain is None:
             checked.notes.append(f"not compared: an operator has no float64 form ({_first_line(error)})")
             return
-        checked.notes.append(f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})")
+        checked.notes.append(
+            f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})"
+        )
         reference = plain
     if model is not None and tolerance is None and any(map(_far, own, reference)):
         _require_same_program(program, own, names, owners)
@@ -119,7 +121,9 @@ def _judge(
     checked.accuracy = check_outputs(results, reference, plain, names, precision, tolerance)
     wrong = [o for o in checked.accuracy if not o.ok]
     if wrong:
-        listed = "; ".join(f"{o.name} is off by {o.error:.2e} (allowed {o.allowed:.2e}, plain PyTorch {_shown(o)})" for o in wrong)
+        listed = "; ".join(
+            f"{o.name} is off by {o.error:.2e} (allowed {o.allowed:.2e}, plain PyTorch {_shown(o)})" for o in wrong
+        )
         raise AccuracyError(
             f"the compiled model is further from float64 than allowed: {listed}. Use a wider precision, keep the operators that "
             "need it in fp32, or allow more with tolerance=..."
@@ -135,7 +139,9 @@ def _far(own: Any, reference: Any) -> bool:
     return floats and relative_error(own, reference) > _SAME_PROGRAM
 
 
-def _require_same_program(program: Program, plain: Sequence[Any], names: list[str], owners: tuple[nn.Module, ...]) -> None:
+def _require_same_program(
+    program: Program, plain: Sequence[Any], names: list[str], owners: tuple[nn.Module, ...]
+) -> None:
     with preserved(*owners), torch.no_grad():
         captured = program.graph(*clone_inputs(program.inputs))
     for name, ours, own in zip(names, captured, plain, strict=True):
@@ -221,12 +227,18 @@ def _plain_in(dtype: torch.dtype, program: Program, model: nn.Module | None, not
         with torch.no_grad(), no_fused_multi_head_attention():
             return _graph_order(program, narrow_model(*args, **kwargs))
     except Exception as error:  # noqa: BLE001 - a dtype baked into the model's own code may raise anything
-        notes.append(f"plain PyTorch cannot run this model in {dtype} ({_first_line(error)}); the error has a fixed bound instead")
+        notes.append(
+            f"plain PyTorch cannot run this model in {dtype} ({_first_line(error)}); the error has a fixed bound instead"
+        )
         return None
 
 
 def _tell_non_finite(notes: list[str], program: Program, reference: Sequence[Any]) -> None:
-    bad = [i for i, r in enumerate(reference) if isinstance(r, torch.Tensor) and r.is_floating_point() and not r.isfinite().all()]
+    bad = [
+        i
+        for i, r in enumerate(reference)
+        if isinstance(r, torch.Tensor) and r.is_floating_point() and not r.isfinite().all()
+    ]
     if not bad:
         return
     weights = [

@@ -107,8 +107,8 @@ class CompiledModel:
         built = self._built
         if built is None:
             built = self._build(args, kwargs)
-        for tensor, version in self._watched:
-            if tensor._version != version:
+        for tensor, seen in self._watched:
+            if tensor._version != seen:
                 self._tell_changed()
                 break
         if built.call is not None:
@@ -195,7 +195,9 @@ class CompiledModel:
             raise InputError(f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}")
         with self._counting:
             self._counts["fallback"] += 1
-            self._reasons[reason if reason in self._reasons or len(self._reasons) < _MAX_REASONS else "other reasons"] += 1
+            self._reasons[
+                reason if reason in self._reasons or len(self._reasons) < _MAX_REASONS else "other reasons"
+            ] += 1
         stateful = built.program is not None and bool(graphs.written_roots(built.program.graph.graph))
         with torch.no_grad(), same_buffers(built.fallback) if stateful else contextlib.nullcontext():
             return built.fallback(*args, **kwargs)
@@ -282,7 +284,9 @@ def weights_of(program: Program | None) -> tuple[tuple[torch.Tensor, int | None]
     if program is None:
         return ()
     graph = program.graph
-    written = {id(graphs.attribute(graph, str(n.target))) for n in graphs.written_roots(graph.graph) if n.op == "get_attr"}
+    written = {
+        id(graphs.attribute(graph, str(n.target))) for n in graphs.written_roots(graph.graph) if n.op == "get_attr"
+    }
     tensors = {id(t): t for _, t in graphs.tensor_attributes(graph) if id(t) not in written and not t.is_inference()}
     return tuple((t, version(t)) for t in tensors.values())
 
@@ -307,7 +311,7 @@ def _quick_binder(
     probes = [object() for _ in range(positional)]
     named = {name: object() for name in names}
     try:
-        args, kwargs = signature.binder.bind(tuple(probes), named)  # type: ignore[arg-type]
+        args, kwargs = signature.binder.bind(tuple(probes), named)
     except InputError:
         return None
     wanted = [i.name for i in signature.inputs]
@@ -317,7 +321,9 @@ def _quick_binder(
     where: list[int | str] = []
     for name in wanted:
         probe = given[name]
-        where.append(next((i for i, p in enumerate(probes) if p is probe), next((n for n, p in named.items() if p is probe), "")))
+        where.append(
+            next((i for i, p in enumerate(probes) if p is probe), next((n for n, p in named.items() if p is probe), ""))
+        )
 
     def bind(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         tensors = [args[w] if w.__class__ is int else kwargs[w] for w in where]  # type: ignore[index]

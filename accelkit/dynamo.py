@@ -108,7 +108,9 @@ class _Piece:
 
     def __call__(self, *inputs: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs):
-            return self._plain(inputs, "gradients are wanted here, and engines are for inference: call it under torch.no_grad()")
+            return self._plain(
+                inputs, "gradients are wanted here, and engines are for inference: call it under torch.no_grad()"
+            )
         key = tuple(
             id(i) if n in self._static else (i.shape, i.dtype, i.device) if isinstance(i, torch.Tensor) else i
             for n, i in enumerate(inputs)
@@ -219,8 +221,9 @@ def accelkit_backend(graph: fx.GraphModule, example_inputs: Sequence[Any], **opt
     options = dict(options.pop("options", None) or options)
     known = {"target", "precision", "passes", "tolerance", "cache", "progress"}
     if unknown := set(options) - known:
-        raise InputError(f"torch.compile(backend='accelkit') has no option {sorted(unknown)}; it has {', '.join(sorted(known))}")
+        raise InputError(
+            f"torch.compile(backend='accelkit') has no option {sorted(unknown)}; it has {', '.join(sorted(known))}"
+        )
     device = next((i.device.type for i in example_inputs if isinstance(i, torch.Tensor)), "cpu")
     plan = make_plan(graph, device=device, **options)
     return PieceBackend(plan, plan.empty_report())(graph, example_inputs)
-

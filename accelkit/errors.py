@@ -63,7 +63,11 @@ class AccelkitWarning(UserWarning):
 def warn(text: str) -> None:
     """An AccelkitWarning that points at the caller's line outside accelkit (and torch), whatever called us."""
     level, frame = 2, sys._getframe(1)  # level 1 is this line, 2 the frame that called warn()
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("accelkit", "torch", "contextlib"):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "accelkit",
+        "torch",
+        "contextlib",
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(AccelkitWarning(text), stacklevel=level)
 

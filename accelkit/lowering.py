@@ -149,8 +149,8 @@ def _writes_amid(node: fx.Node) -> bool:
 def _is_free(node: fx.Node) -> bool:
     """A size, or arithmetic on sizes, that any stage can compute again from tensors it has."""
     return graphs.is_size(node) and (
-        node.target is torch.ops.aten.sym_size.int or all(_is_free(i) for i in node.all_input_nodes if graphs.is_size(i))
-        and all(graphs.is_size(i) for i in node.all_input_nodes)
+        node.target is torch.ops.aten.sym_size.int or (all(_is_free(i) for i in node.all_input_nodes if graphs.is_size(i))
+        and all(graphs.is_size(i) for i in node.all_input_nodes))
     )  # fmt: skip
 
 
@@ -184,7 +184,9 @@ def _stages(graph: fx.GraphModule, refused: dict[fx.Node, str]) -> list[_Stage]:
             return stages
         for stage in small:
             refused.update(
-                {n: "alone between operators that stay in PyTorch: too little work for an engine" for n in stage.nodes}
+                dict.fromkeys(
+                    stage.nodes, "alone between operators that stay in PyTorch: too little work for an engine"
+                )
             )
 
 

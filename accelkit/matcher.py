@@ -78,17 +78,22 @@ def _same(left: Any, right: Any) -> bool:
 def _node_fits(wanted: fx.Node, given: fx.Node, bindings: dict[fx.Node, Any]) -> bool:
     if wanted.op != given.op or wanted.target != given.target:
         return False
-    ours, theirs = bound_arguments(wanted), bound_arguments(given)
-    if ours is None or theirs is None:  # operator.getitem and the like
-        ours, theirs = dict(enumerate(wanted.args)), dict(enumerate(given.args))  # type: ignore[assignment]
-        if len(ours) != len(theirs):  # type: ignore[arg-type]
-            return False
+    ours, theirs = _arguments(wanted), _arguments(given)
+    if ours.keys() != theirs.keys():
+        return False
     trial = dict(bindings)
-    if not all(_fits(ours[name], theirs[name], trial) for name in ours):  # type: ignore[index]
+    if not all(_fits(ours[name], theirs[name], trial) for name in ours):
         return False
     bindings.update(trial)
     bindings[wanted] = given
     return True
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    bound = bound_arguments(node)
+    if bound is not None:
+        return bound
+    return {str(position): value for position, value in enumerate(node.args)}  # operator.getitem and the like
 
 
 def _match(pattern: _Pattern, root: fx.Node, graph: fx.GraphModule) -> Match | None:
@@ -159,11 +164,15 @@ def _replace(rewriting: RewritePass, match: Match) -> None:
             f"{rewriting.name}: the pattern has {len(match.results)} results, the replacement {len(results)}"
         )
     for old, new in zip(match.results, results, strict=True):
-        new_node = new.node if isinstance(new, fx.Proxy) else new
-        old.replace_all_uses_with(new_node, delete_user_cb=lambda user, new_node=new_node: user is not new_node)
+        _use_instead(old, new.node if isinstance(new, fx.Proxy) else new)
     for old in reversed(match.nodes):
         if not old.users:
             graph.erase_node(old)
+
+
+def _use_instead(old: fx.Node, new: fx.Node) -> None:
+    # the replacement itself may read the old result
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
 def _proxied(value: Any, tracer: fx.proxy.GraphAppendingTracer) -> Any:

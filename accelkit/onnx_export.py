@@ -35,6 +35,7 @@ from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
 from accelkit.errors import LoweringError
+from accelkit.onnx_weights import all_nodes
 from accelkit.twin import no_fused_multi_head_attention
 
 if TYPE_CHECKING:
@@ -123,37 +124,6 @@ def external_weights(model: onnx.ModelProto, graph: fx.GraphModule) -> dict[str,
             )
         found[initializer.name] = tensor.detach()
     return found
-
-
-def hide_weights(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Turn the external initializers of `model` into inputs, in place; returns them for `restore_weights`.
-
-    For passes built on libraries that would read the values that are not there: they would fold them, or take two
-    weights for equal because both look empty.
-    """
-    from onnx import helper
-
-    graph = model.graph
-    hidden = [i for i in graph.initializer if i.data_location == i.EXTERNAL]
-    kept = [i for i in graph.initializer if i.data_location != i.EXTERNAL]
-    hidden = [type(i).FromString(i.SerializeToString()) for i in hidden]
-    kept = [type(i).FromString(i.SerializeToString()) for i in kept]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    graph.input.extend(helper.make_tensor_value_info(i.name, i.data_type, list(i.dims)) for i in hidden)
-    return hidden
-
-
-def restore_weights(model: onnx.ModelProto, hidden: list[onnx.TensorProto]) -> None:
-    """Turn the inputs that `hide_weights` made back into initializers, in place; those that nothing reads any more
-    go."""
-    graph = model.graph
-    names = {i.name for i in hidden}
-    used = {name for node in _all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
-    inputs = [i for i in graph.input if i.name not in names]
-    del graph.input[:]
-    graph.input.extend(inputs)
-    graph.initializer.extend(i for i in hidden if i.name in used)
 
 
 # --- fx graph -> ExportedProgram
@@ -253,7 +223,7 @@ def _reason(error: BaseException) -> str:
 
 def _fill_in_initializers(model: onnx.ModelProto, tensors: Mapping[str, torch.Tensor]) -> None:
     graph = model.graph
-    used = {name for node in _all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
+    used = {name for node in all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
     kept = [i for i in graph.input if i.name not in tensors]
     for value in graph.input:
         if value.name not in tensors or value.name not in used:
@@ -270,14 +240,6 @@ def _fill_in_initializers(model: onnx.ModelProto, tensors: Mapping[str, torch.Te
             initializer.raw_data = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     del graph.input[:]
     graph.input.extend(kept)
-
-
-def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.type in (5, 10) else ():  # GRAPH, GRAPHS
-                yield from _all_nodes(inner)
 
 
 def _check_dynamic(graph: fx.GraphModule, model: onnx.ModelProto) -> None:
@@ -297,7 +259,4 @@ def _check_dynamic(graph: fx.GraphModule, model: onnx.ModelProto) -> None:
                 )
 
 
-__all__ = [
-    "EXTERNAL_BYTES", "export_onnx", "external_weights", "hide_weights", "initializer_name", "is_external",
-    "restore_weights",
-]  # fmt: skip
+__all__ = ["EXTERNAL_BYTES", "export_onnx", "external_weights", "initializer_name", "is_external"]

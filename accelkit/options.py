@@ -27,6 +27,8 @@ def canonical_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
     Raises:
         InputError: something else, or a tensor on the meta device.
     """
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     if isinstance(example_inputs, torch.Tensor):
         args, kwargs = (example_inputs,), {}
     elif isinstance(example_inputs, (tuple, list)):
@@ -35,7 +37,8 @@ def canonical_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
         args, kwargs = (), {k: example_inputs[k] for k in example_inputs.keys()}  # noqa: SIM118 - BatchEncoding is no dict
     else:
         raise InputError(
-            f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, not {type(example_inputs).__name__}"
+            f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+            f"not {type(example_inputs).__name__}"
         )
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in pytree.tree_leaves((args, kwargs))):
         raise InputError("example_inputs has a tensor on the meta device; examples need real data")
@@ -50,7 +53,9 @@ def device_type(model: nn.Module) -> str:
     """
     kinds = {t.device.type for t in [*model.parameters(), *model.buffers()]}
     if len(kinds) > 1:
-        raise InputError(f"the model's parameters are on several kinds of device ({', '.join(sorted(kinds))}); move it to one")
+        raise InputError(
+            f"the model's parameters are on several kinds of device ({', '.join(sorted(kinds))}); move it to one"
+        )
     return kinds.pop() if kinds else "cpu"
 
 
@@ -74,7 +79,9 @@ def resolve_backend(target: str | Backend, precision: Precision, device: str) ->
             f"{precision} is had by: {', '.join(others) or 'no installed target'}"
         )
     if device not in backend.devices:
-        raise InputError(f"target {backend.name!r} runs models on {', '.join(backend.devices)}; this model is on {device}")
+        raise InputError(
+            f"target {backend.name!r} runs models on {', '.join(backend.devices)}; this model is on {device}"
+        )
     if (reason := backend.unavailable()) is not None:
         raise BackendUnavailableError(f"target {backend.name!r} cannot run here: {reason}")
     return backend
@@ -138,15 +145,24 @@ def sizes_of(program: Program, sizes: dict[str, int]) -> tuple[torch.Tensor, ...
     for symbol, size in symbols.items():
         low, high = signature.ranges[symbol]
         if size < low or (high is not None and size > high):
-            raise InputError(f"bucket {signature.dims[symbol]}={size} is outside what the program covers, {low} to {high or 'any size'}")
+            covered = f"{low} to {high or 'any size'}"
+            raise InputError(f"bucket {signature.dims[symbol]}={size} is outside what the program covers, {covered}")
     grown = []
     for spec, tensor in zip(signature.tensors, program.inputs, strict=True):
-        for dimension, size in enumerate(spec.shape):
-            if size in symbols:
-                rows = torch.arange(symbols[str(size)], device=tensor.device) % tensor.shape[dimension]
+        for dimension, symbolic in enumerate(spec.shape):
+            if symbolic in symbols:
+                rows = torch.arange(symbols[str(symbolic)], device=tensor.device) % tensor.shape[dimension]
                 tensor = tensor.index_select(dimension, rows)
         grown.append(tensor)
     return tuple(grown)
 
 
-__all__ = ["AUTO_ORDER", "TensorSpec", "canonical_example", "device_type", "resolve_backend", "resolve_passes", "sizes_of"]
+__all__ = [
+    "AUTO_ORDER",
+    "TensorSpec",
+    "canonical_example",
+    "device_type",
+    "resolve_backend",
+    "resolve_passes",
+    "sizes_of",
+]

@@ -94,12 +94,10 @@ class _Pass(ABC):
 
     def __str__(self) -> str:
         """`fold_constants(limit_bytes=1024)`: the name with the options that differ from their defaults."""
-        options = []
-        if dataclasses.is_dataclass(self):
-            for option in dataclasses.fields(self):
-                value = getattr(self, option.name)
-                if option.default is dataclasses.MISSING or value != option.default:
-                    options.append(f"{option.name}={value!r}")
+        value: Any = self
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        changed = [f for f in fields if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default]
+        options = [f"{f.name}={getattr(value, f.name)!r}" for f in changed]
         return f"{self.name}({', '.join(options)})" if options else self.name
 
 
@@ -193,7 +191,7 @@ class RewritePass(GraphPass):
     def replacement(self, *arguments: Any) -> Any:
         """What to put there: as many results as the pattern has."""
 
-    def check(self, match: Match) -> None:  # noqa: B027 - optional
+    def check(self, match: Match) -> None:
         """Refuse, by `match.require`, what only looks alike."""
 
     def patterns(self) -> tuple[Callable[..., Any], ...]:

@@ -56,7 +56,9 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
     from accelkit.tensors_io import write_tensors
 
     if built.program is None:
-        raise ArtifactError(f"{plan.model_name} was captured in pieces and has no program to save; save the PyTorch model instead")
+        raise ArtifactError(
+            f"{plan.model_name} was captured in pieces and has no program to save; save the PyTorch model instead"
+        )
     program = built.program
     members: dict[str, Member] = {
         "program": lambda stream: write_program(stream, program.exported_with_weights()),
@@ -78,7 +80,7 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
         "model": plan.model_name,
         "backend": value_to_json(plan.backend),
         "precision": plan.precision.name,
-        "passes": [value_to_json(p) for p in (*plan.graph_passes, *plan.onnx_passes)],
+        "passes": [*map(value_to_json, plan.graph_passes), *map(value_to_json, plan.onnx_passes)],
         "buckets": {name: list(sizes) for name, sizes in plan.buckets.items()} if plan.buckets else None,
         "tolerance": plan.tolerance,
         "fallback": plan.fallback,
@@ -108,8 +110,8 @@ def value_to_json(value: Backend | GraphPass | OnnxPass) -> dict[str, Any]:
     group = plugins.BACKENDS if isinstance(value, Backend) else plugins.PASSES
     if value.name not in plugins.names(group) or plugins.find(group, value.name) is not type(value):
         raise ArtifactError(
-            f"{value.name} ({type(value).__module__}.{type(value).__qualname__}) is not registered as an entry point of {group}, so "
-            "a file could not name it; register it, or save without it"
+            f"{value.name} ({type(value).__module__}.{type(value).__qualname__}) is not registered as an entry point of "
+            f"{group}, so a file could not name it; register it, or save without it"
         )
     options = {}
     for option in dataclasses.fields(value):  # type: ignore[arg-type]
@@ -181,12 +183,16 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         inputs = tuple(samples[f"inputs/{i}"] for i in range(len(signature.tensors)))
         plan = _plan(manifest, cache, progress)
     except (KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: the manifest is incomplete ({type(error).__name__}: {error}); save it again") from error
+        raise ArtifactError(
+            f"{path}: the manifest is incomplete ({type(error).__name__}: {error}); save it again"
+        ) from error
     program = _program(exported, signature, inputs)
     if (reason := plan.backend.unavailable()) is not None:
         from accelkit.errors import BackendUnavailableError
 
-        raise BackendUnavailableError(f"{path} was saved for target {plan.backend.name!r}, which cannot run here: {reason}")
+        raise BackendUnavailableError(
+            f"{path} was saved for target {plan.backend.name!r}, which cannot run here: {reason}"
+        )
     store = ArtifactStore(artifact, samples, plan.store)
     fallback = ProgramModule(program)
     with plan.progress.running(f"loading {plan.model_name}"):
@@ -196,7 +202,9 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
             warn(f"{path}: {failure}; its engines are rebuilt from the program")
             built = plan.build_program(program, 0.0, None)
     if store.rebuilt:
-        text = f"{store.rebuilt} engine(s) rebuilt: the saved ones are for other versions, options or hardware than here"
+        text = (
+            f"{store.rebuilt} engine(s) rebuilt: the saved ones are for other versions, options or hardware than here"
+        )
         for variant in built.report.variants:
             variant.notes.append(text)
         warn(f"{path}: {text}")
@@ -279,11 +287,19 @@ class ArtifactStore:
             allowed = _SELF_TEST_FACTOR * (accuracy[index].allowed if index < len(accuracy) else 0.0)
             if accuracy and not relative_error(result, expected) <= allowed:
                 raise _SelfTestFailed(
-                    f"output {index} of the sample is off by {relative_error(result, expected):.2e} from the saved one (allowed {allowed:.2e})"
+                    f"output {index} of the sample is off by {relative_error(result, expected):.2e} from the saved one "
+                    f"(allowed {allowed:.2e})"
                 )
         timings = {name: Timing(**t) for name, t in saved["timings"].items()}
         created = self.artifact.manifest["created"]
-        return accuracy, timings, [*saved["notes"], f"error and timings are those of {created}, from the file; the sample came out the same here"]
+        return (
+            accuracy,
+            timings,
+            [
+                *saved["notes"],
+                f"error and timings are those of {created}, from the file; the sample came out the same here",
+            ],
+        )
 
     def remember(self, program: Program, lowered: Lowered, tolerance: float | None, findings: Findings) -> None:
         self.inner.remember(program, lowered, tolerance, findings)

@@ -1,6 +1,6 @@
 """optimize(): the whole story on one page.
 
-    nn.Module --capture--> fx graph --passes--> fx graph --partition + lower--> engines --> CompiledModel
+nn.Module --capture--> fx graph --passes--> fx graph --partition + lower--> engines --> CompiledModel
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ class Plan:
             raise InputError(
                 f"buckets names {sorted(unknown)}, which dynamic_shapes does not declare (declared: {sorted(names) or 'none'})"
             )
-        combinations = itertools.product(*([(name, int(size)) for size in sizes] for name, sizes in self.buckets.items()))
+        combinations = itertools.product(
+            *([(name, int(size)) for size in sizes] for name, sizes in self.buckets.items())
+        )
         return [(", ".join(f"{n}={s}" for n, s in sizes), dict(sizes)) for sizes in combinations]
 
 
@@ -200,7 +202,9 @@ def make_plan(
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise InputError(f"tolerance is a relative error such as 1e-3, not {tolerance!r}")
     if buckets is not None and dynamic_shapes is None:
-        raise InputError("buckets needs dynamic_shapes, whose Dims it names: dynamic_shapes={'x': {0: Dim('batch', max=8)}}")
+        raise InputError(
+            "buckets needs dynamic_shapes, whose Dims it names: dynamic_shapes={'x': {0: Dim('batch', max=8)}}"
+        )
     return Plan(
         eval_twin(model), type(model).__name__, backend, wanted, graph_passes, onnx_passes, store or open_store(cache),
         dynamic_shapes, buckets, tolerance, fallback, Progress(progress),

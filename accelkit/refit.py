@@ -1,6 +1,6 @@
 """New weights for a compiled model: the captured program with other tensors, through the same passes, to the same engines.
 
-    program + state dict -> program' -> passes -> engines (from the cache where they do not hold weights themselves)
+program + state dict -> program' -> passes -> engines (from the cache where they do not hold weights themselves)
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def refitted(plan: Plan, built: Built, state_dict: dict[str, torch.Tensor]) -> B
         InputError: keys or shapes that do not fit, or a model that was captured in pieces.
     """
     if built.program is None:
-        raise InputError("refit() needs a model that torch.export captures whole; this one runs in pieces: call optimize() again")
+        raise InputError(
+            "refit() needs a model that torch.export captures whole; this one runs in pieces: call optimize() again"
+        )
     model = built.fallback
     if isinstance(model, ProgramModule):
         if unknown := sorted(set(state_dict) - set(built.program.exported.state_dict)):
@@ -66,7 +68,9 @@ def _program_with(program: Program, tensors: dict[str, torch.Tensor]) -> Program
         if new is None or id(old) in replaced:
             continue
         if new.shape != old.shape:
-            raise InputError(f"refit(): {node.target} has shape {list(new.shape)}, the compiled model's is {list(old.shape)}")
+            raise InputError(
+                f"refit(): {node.target} has shape {list(new.shape)}, the compiled model's is {list(old.shape)}"
+            )
         replaced[id(old)] = new.detach().to(device=old.device, dtype=old.dtype)
     missing = []
     for node, old in graphs.tensor_attributes(program.graph):  # tied weights: one tensor under several names

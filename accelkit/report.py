@@ -169,7 +169,8 @@ def _piece_lines(piece: PieceReport) -> Iterable[str]:
     facts = piece.facts
     precisions = ", ".join(f"{count} in {name}" for name, count in facts.precisions.items())
     versions = ", ".join(f"{k} {v}" for k, v in facts.versions.items())
-    yield f"  engine     {piece.operators} operators on {facts.backend} ({piece.origin}; {versions}){': ' if precisions else ''}{precisions}"
+    where = f"{facts.backend} ({piece.origin}; {versions})"
+    yield f"  engine     {piece.operators} operators on {where}{': ' if precisions else ''}{precisions}"
     if facts.memory_bytes is not None:
         yield f"      holds {facts.memory_bytes / 2**20:.1f} MiB of its own"
     for note in facts.notes:

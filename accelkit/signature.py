@@ -171,7 +171,8 @@ class Signature:
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
         return (
-            f"this call's arguments differ from the captured ones: {'; '.join(parts) or 'other containers, or their keys in another order'}. "
+            f"this call's arguments differ from the captured ones: "
+            f"{'; '.join(parts) or 'other containers, or their keys in another order'}. "
             f"Captured: {', '.join(i.name for i in self.inputs)}"
         )
 
@@ -220,7 +221,8 @@ class Signature:
                     if size < low or (high is not None and size > high):
                         return f"{spec.name} has size {size} in dimension {index}, covered: {self._range(wanted)}"
                     if sizes.setdefault(wanted, size) != size:
-                        return f"{self.dims.get(wanted, wanted)} is both {sizes[wanted]} and {size} ({spec.name}, dimension {index})"
+                        name = self.dims.get(wanted, wanted)
+                        return f"{name} is both {sizes[wanted]} and {size} ({spec.name}, dimension {index})"
                 else:
                     expressions.append((spec.name, index, wanted, size))
         for name, index, expression, size in expressions:

@@ -35,7 +35,9 @@ def without_wrong_ones(program: Program, model: nn.Module) -> tuple[Program, lis
     for name in wrong:
         low, high = ranges[names[name]]
         ranges[names[name]] = (low + 1, high)
-        notes.append(f"at {name}=1 the model computes something else than was captured: such calls run on the original model")
+        notes.append(
+            f"at {name}=1 the model computes something else than was captured: such calls run on the original model"
+        )
     return dataclasses.replace(program, signature=dataclasses.replace(signature, ranges=ranges)), notes
 
 

@@ -76,7 +76,11 @@ class CachedStore:
         found = json.loads(blobs["findings.json"])
         accuracy = [OutputError(**{k: v for k, v in o.items() if k != "ok"}) for o in found["accuracy"]]
         timings = {name: Timing(**t) for name, t in found["timings"].items()}
-        return accuracy, timings, [*found["notes"], "checks and timings are remembered from an earlier build on this machine"]
+        return (
+            accuracy,
+            timings,
+            [*found["notes"], "checks and timings are remembered from an earlier build on this machine"],
+        )
 
     def remember(self, program: Program, lowered: Lowered, tolerance: float | None, findings: Findings) -> None:
         """Keep what a check found for the next build of the same."""
@@ -96,7 +100,11 @@ def _check_key(program: Program, lowered: Lowered, tolerance: float | None) -> s
     from accelkit.fingerprint import graph_fingerprint, tensors_fingerprint, weights_fingerprint
 
     keys = [piece.key for piece in lowered.pieces]
-    if not keys or lowered.graph is None or any(piece.origin != "cache" and not piece.engine.serialize() for piece in lowered.pieces):
+    if (
+        not keys
+        or lowered.graph is None
+        or any(piece.origin != "cache" and not piece.engine.serialize() for piece in lowered.pieces)
+    ):
         return None  # engines that are compiled anew each time are checked anew each time
     parts = [
         "check",

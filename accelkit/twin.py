@@ -28,7 +28,9 @@ def require_usable(model: object) -> nn.Module:
         hint = " (an instance, not the class)" if isinstance(model, type) and issubclass(model, nn.Module) else ""
         raise InputError(f"model must be a torch.nn.Module{hint}, not {model if hint else type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise InputError(f"{type(model).__name__} is a TorchScript module, which cannot be captured; give the nn.Module it was made from")
+        raise InputError(
+            f"{type(model).__name__} is a TorchScript module, which cannot be captured; give the nn.Module it was made from"
+        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise InputError(f"{name} is not initialised yet (a lazy module); call the model once before optimize()")
@@ -64,7 +66,9 @@ def preserved(*models: nn.Module) -> Iterator[None]:
 
     Buffers that were written to get their values back, those that were replaced (`self.h = self.h + 1`) their tensors.
     """
-    places = [(m, name, t) for model in models for m in model.modules() for name, t in m._buffers.items() if t is not None]
+    places = [
+        (m, name, t) for model in models for m in model.modules() for name, t in m._buffers.items() if t is not None
+    ]
     saved = {id(t): (t, version(t), t.detach().clone()) for _, _, t in places}
     tensors = [*(t for model in models for t in model.parameters()), *(t for _, _, t in places)]
     devices = list({t.device.index for t in tensors if t.device.type == "cuda" and t.device.index is not None})

@@ -13,7 +13,6 @@ from torch import fx, nn
 import accelkit
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 
-
 Spoil = Callable[[list[Any], tuple[Any, ...]], list[Any]]
 """(results, inputs) -> what the engine gives instead."""
 
@@ -38,7 +37,7 @@ class GraphEngine(Engine):
 
 @dataclass(frozen=True)
 class Planted(Backend):
-    """Refuses operators whose names are in `refuse`; `fail` gets the graph before it is compiled; `spoil` its results."""
+    """Refuses operators named in `refuse`; `fail` gets a graph before it is compiled, `spoil` its results."""
 
     refuse: frozenset[str] = frozenset()
     spoil: Spoil | None = None

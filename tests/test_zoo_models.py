@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from zoo import HARD, MORE, ZOO, Case
 
 EVERY = {**ZOO, **MORE, **HARD}

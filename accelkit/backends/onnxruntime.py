@@ -43,6 +43,11 @@ _NO_KERNELS = {  # dtypes that ONNX Runtime's CPU provider computes nothing in
 }  # fmt: skip
 
 
+_WRONG_FUSIONS = ("Pad_Fusion",)
+"""ONNX Runtime's own rewrites that change results: Pad_Fusion puts a Pad with zeros into a MaxPool, whose padding is minus
+infinity (seen with 1.30 and 1.31)."""
+
+
 @dataclass(frozen=True)
 class OnnxRuntime(Backend):
     """ONNX Runtime.
@@ -205,7 +210,9 @@ class OnnxRuntime(Backend):
         if views:
             options.add_external_initializers(list(weights), views)
         try:
-            return onnxruntime.InferenceSession(data, options, providers=[_PROVIDERS[self.provider]])
+            return onnxruntime.InferenceSession(
+                data, options, providers=[_PROVIDERS[self.provider]], disabled_optimizers=list(_WRONG_FUSIONS)
+            )
         except Exception as error:
             raise LoweringError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
 

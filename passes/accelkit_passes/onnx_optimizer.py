@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelkit.errors import PassError
-from accelkit.onnx_export import hide_weights, restore_weights
+from accelkit.onnx_weights import hide_weights, restore_weights
 from accelkit.pass_api import OnnxPass, PassResult
 
 if TYPE_CHECKING:

@@ -289,3 +289,11 @@ def test_transposed_weights_are_multiplied_as_they_are() -> None:
     operators = [n.op_type for n in model.graph.node]
     assert operators.count("FusedMatMul") == 2
     assert "Transpose" not in operators
+
+
+def test_padding_with_zeros_before_a_maximum_stays_zeros() -> None:
+    # ONNX Runtime's Pad_Fusion turns it into the pooling's own padding, which is minus infinity
+    x = -1 - torch.rand(1, 3, 8, 8)
+    model = One(lambda x: F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, 2))
+    engine, _ = compiled(model, x)
+    assert torch.equal(engine(x)[0], model(x))

@@ -1,0 +1,54 @@
+"""Every model of the zoo on every target: captured whole, served at three batch sizes, no further from eager than 1e-5.
+
+Plain `torch.onnx.export` with ONNX Runtime handles all of ZOO; accelkit with its default passes on may lose none.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+import accelkit
+from accelkit.accuracy import relative_error
+from zoo import ZOO, Case
+
+BATCHES = (1, 2, 5)
+LIMIT = 1e-5
+TARGETS = ("eager", "onnxruntime", "inductor")
+
+
+@pytest.fixture(autouse=True)
+def _quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelkit.checks.TIMING_SECONDS", 0.0)
+
+
+@pytest.mark.filterwarnings("ignore::accelkit.AccelkitWarning")  # tiny models gain nothing, and accelkit says so
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo(name: str, target: str) -> None:
+    case = ZOO[name]
+    model, make_inputs = case.build()
+    batch = accelkit.Dim("batch", min=1, max=64)
+    shapes = {key: {dimension: batch} for key, dimension in case.dynamic.items()} or None
+
+    fast = accelkit.optimize(
+        model, make_inputs(3), target=target, dynamic_shapes=shapes, tolerance=LIMIT, cache=False, progress=False
+    )
+
+    for size in _batches(case):
+        inputs = make_inputs(size)
+        with torch.no_grad():
+            expected = model(**inputs)
+        result = fast(**inputs)
+        assert type(result) is type(expected)
+        for got, wanted in zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True):
+            assert relative_error(got, wanted) <= LIMIT, f"batch {size}"
+    report = fast.report().to_json()
+    assert fast.stats()["fallback"] == 0, fast.stats()["fallback_reasons"]
+    assert not report["breaks"]
+    assert sum(piece["operators"] for piece in report["variants"][0]["pieces"]) > 0
+
+
+def _batches(case: Case) -> tuple[int, ...]:
+    return (3,) if case.fixed_batch else BATCHES
