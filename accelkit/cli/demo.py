@@ -79,7 +79,7 @@ class Checks:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seconds", type=positive(float), default=6.0, help="time for each of the two measurements (default: 6)"
+        "--seconds", type=positive(float), default=4.0, help="time for each of the two measurements (default: 4)"
     )
     parser.add_argument("--target", choices=[n for n, _ in (*CANDIDATES, WITHOUT_EXTRAS)], help="only this target")
     parser.add_argument("--no-cache", action="store_true", help="compile anew and keep nothing in the engine cache")
