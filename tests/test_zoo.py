@@ -28,7 +28,6 @@ INDUCTOR = frozenset({
     "siglip-sdpa", "blip", "gpt2-sdpa", "gpt-neox-eager", "llama-sdpa", "mistral-eager", "qwen3", "gemma-sdpa",
     "opt-eager", "bloom", "t5", "bart-sdpa", "plain-resnet", "plain-unet", "plain-temporal", "plain-encoder-mask",
 })  # fmt: skip
-)
 
 
 def _cases() -> Iterator[Any]:
