@@ -13,7 +13,7 @@ import torch
 from accelkit.errors import InputError, unknown_name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Precision:
     """One precision: its name, the dtype that floating-point tensors have inside, and what it means in words.
 
@@ -35,6 +35,9 @@ class Precision:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return self.name.upper() if self.name in Precision.known else f"Precision({self.name!r}, {self.dtype})"
 
 
 def _define(name: str, dtype: torch.dtype, description: str) -> Precision:

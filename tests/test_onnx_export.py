@@ -16,10 +16,9 @@ from accelkit.onnx_export import (
     EXTERNAL_BYTES,
     export_onnx,
     external_weights,
-    hide_weights,
     initializer_name,
-    restore_weights,
 )
+from accelkit.onnx_weights import hide_weights, restore_weights
 from accelkit.testing import trace
 
 onnx = pytest.importorskip("onnx")

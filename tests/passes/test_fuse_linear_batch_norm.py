@@ -138,7 +138,7 @@ def test_other_dtype_is_refused() -> None:
 
 
 def test_result_that_overflows_is_refused() -> None:
-    model = Wired(straight, nn.BatchNorm1d(6, eps=0.0))
+    model = Wired(straight, nn.BatchNorm1d(6, eps=1e-300))
     nn.init.zeros_(model.norm.running_var)
     assert_left_alone(FuseLinearBatchNorm(), model, torch.randn(3, 4), reason="folded weight is not finite")
 
