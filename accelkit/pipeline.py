@@ -30,6 +30,7 @@ from accelkit.progress import Progress
 from accelkit.report import PieceReport, Report, VariantReport
 from accelkit.size_one import without_wrong_ones
 from accelkit.store import open_store
+from accelkit.tensor_hash import each_tensor_read_once
 from accelkit.twin import eval_twin, require_usable
 
 
@@ -139,7 +140,7 @@ class Plan:
 
     def _build_variant(self, label: str, program: Program, model: nn.Module | None) -> tuple[Variant, VariantReport]:
         found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
-        with peak_memory() as memory:
+        with peak_memory() as memory, each_tensor_read_once():
             variant = self._lower_and_check(label, program, model, found)
         found.peak_memory_bytes = memory.peak_bytes - memory.before_bytes
         return variant, found

@@ -61,7 +61,10 @@ def test_zoo(name: str, target: str) -> None:
         result = fast(**inputs)
         assert type(result) is type(expected)
         for got, wanted in zip(pytree.tree_leaves(result), pytree.tree_leaves(expected), strict=True):
-            assert relative_error(got, wanted) <= LIMIT, f"batch {size}"
+            if isinstance(wanted, torch.Tensor):
+                assert relative_error(got, wanted) <= LIMIT, f"batch {size}"
+            else:
+                assert got == wanted
     report = fast.report().to_json()
     assert fast.stats()["fallback"] == 0, fast.stats()["fallback_reasons"]
     assert not report["breaks"]
