@@ -84,7 +84,9 @@ def interleaved(
         candidates: name -> call without arguments.
         seconds: time to spend on the timed rounds in all; at least `min_rounds` are made however long they take.
         warmup: untimed calls of each candidate before.
-        min_sample_ms: a sample repeats a fast call until it lasts about this long.
+        min_sample_ms: a sample repeats a fast call until it lasts about this long. An untimed call comes before each: the
+            one before it was another candidate's, which left its own data in the caches and its threads spinning (ONNX
+            Runtime's do), and cost the next call up to a quarter of its time on 2 cores.
         device: on "cuda" samples are taken with CUDA events; else with the wall clock.
 
     Returns:
@@ -104,6 +106,7 @@ def interleaved(
         if done >= min_rounds and time.perf_counter() - started > seconds:
             break
         for name, call in candidates.items():
+            call()
             samples[name].append(sample(call, repeats[name]))
     return {name: timing_of(taken) for name, taken in samples.items()}
 

@@ -108,7 +108,7 @@ class Plan:
 
     def build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         """Capture, rewrite, lower and check, for an example call; several times where there are buckets."""
-        with self.progress.running(f"optimizing {self.model_name}"):
+        with self.progress.running(f"optimizing {self.model_name}"), each_tensor_read_once():
             try:
                 with self.progress.stage("capture") as stage:
                     program = capture(self.twin, args, kwargs, self.dynamic_shapes)
@@ -140,7 +140,7 @@ class Plan:
 
     def _build_variant(self, label: str, program: Program, model: nn.Module | None) -> tuple[Variant, VariantReport]:
         found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
-        with peak_memory() as memory, each_tensor_read_once():
+        with peak_memory() as memory:
             variant = self._lower_and_check(label, program, model, found)
         found.peak_memory_bytes = memory.peak_bytes - memory.before_bytes
         return variant, found
