@@ -210,11 +210,14 @@ class OnnxRuntime(Backend):
         if views:
             options.add_external_initializers(list(weights), views)
         try:
+            onnxruntime.set_default_logger_severity(3)  # fusions report on the default logger, not on the session's
             return onnxruntime.InferenceSession(
                 data, options, providers=[_PROVIDERS[self.provider]], disabled_optimizers=list(_WRONG_FUSIONS)
             )
         except Exception as error:
             raise LoweringError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        finally:
+            onnxruntime.set_default_logger_severity(2)  # its own default; there is no way to ask what it was
 
     def _naming_culprits(self, graph: fx.GraphModule, error: LoweringError) -> LoweringError:
         """The same error with the operators that fail alone: they can run in PyTorch."""
