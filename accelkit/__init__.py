@@ -2,9 +2,9 @@
 
 import accelkit
 
-    fast = accelkit.optimize(model, example_inputs, target="onnxruntime")
-    y = fast(x)
-    print(fast.report())
+fast = accelkit.optimize(model, example_inputs, target="onnxruntime")
+y = fast(x)
+print(fast.report())
 """
 
 from __future__ import annotations

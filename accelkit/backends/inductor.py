@@ -6,9 +6,8 @@ Compiling happens in `compile`, never inside a call: calls check only Inductor's
 (dtypes and static shapes are checked by the caller), and a call that they refuse runs the graph in PyTorch.
 
 Freezing is switched on for the whole compilation and not by torch.compile's `options`: those reach Inductor alone, and
-dynamo then hands it the weights as inputs, which silently leaves nothing to freeze. On two layers of BERT-base in
-bf16 (length 128, one thread of an AMD EPYC with AVX-512 BF16, PyTorch 2.13, CPU time a call) freezing takes 21.9 ms
-against 23.8 without it and eager's 24.7; `cpp_wrapper` 21.1; `max_autotune` 21.8 after a build of a minute.
+dynamo then hands it the weights as inputs, which silently leaves nothing to freeze. What freezing gains stands in the
+recorded runs of benchmarks/bert_tools.py; `cpp_wrapper` and `max_autotune` did not gain enough in a trial to be on.
 """
 
 from __future__ import annotations
