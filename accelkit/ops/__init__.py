@@ -1,0 +1,35 @@
+"""accelkit's fused operators, `torch.ops.accelkit.*`: importing this package defines them.
+
+One file each: the schema, the meaning in plain PyTorch (what it computes, and what runs on a CPU), the fake, and which kernel
+runs on a GPU and why not. Passes put them into graphs; a backend that does not know one gets its meaning back.
+
+    x -> linear -> gelu            accelkit.linear_activation
+    (x + residual) -> layer_norm   accelkit.residual_layer_norm
+    Q K^T -> softmax -> V          accelkit.attention, without transposed copies
+"""
+
+from __future__ import annotations
+
+from accelkit.ops import (
+    attention,
+    embedding_layer_norm,
+    linear_activation,
+    patch_embedding,
+    residual_layer_norm,
+    residual_rms_norm,
+    variable_length_attention,
+)
+from accelkit.ops.operator import OPERATORS, Operator, operator_of
+
+__all__ = [
+    "OPERATORS",
+    "Operator",
+    "attention",
+    "embedding_layer_norm",
+    "linear_activation",
+    "operator_of",
+    "patch_embedding",
+    "residual_layer_norm",
+    "residual_rms_norm",
+    "variable_length_attention",
+]
