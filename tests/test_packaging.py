@@ -29,7 +29,7 @@ ENTRIES = [
     for name, value in PROJECT["entry-points"][group].items()
 ]
 # What a pass, ours or anyone's, may import. Everything else in accelkit may change without notice.
-PUBLIC = {"__init__", "backend_api", "errors", "graph", "onnx_weights", "pass_api", "precision", "testing"}
+PUBLIC = {"__init__", "backend_api", "errors", "graph", "onnx_weights", "ops", "pass_api", "precision", "testing"}
 
 
 def run(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
