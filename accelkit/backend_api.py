@@ -85,12 +85,15 @@ class Backend(_Pass):
         devices: device types it runs on.
         embeds_weights: whether an engine's serialised form contains the weights. False means `load` takes them from the graph,
             so that one cache entry serves every set of weights, and an artifact holds them once.
+        fused_operators: short names (`attention`) of the fused operators (`torch.ops.accelkit.*`, accelkit.ops) that `compile`
+            takes; lowering gives it the others as their meanings, in ATen operators.
         description: one sentence for tables.
     """
 
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     embeds_weights: ClassVar[bool] = True
+    fused_operators: ClassVar[frozenset[str]] = frozenset()
     description: ClassVar[str] = ""
 
     def unavailable(self) -> str | None:

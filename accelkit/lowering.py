@@ -19,6 +19,7 @@ from torch import fx
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine
 from accelkit.errors import LoweringError
+from accelkit.ops.decompose import decomposed_for
 from accelkit.pass_api import Refusal
 
 _MATRIX_WORDS = ("linear", "mm", "conv", "attention", "einsum", "lstm", "gru", "embedding", "norm", "softmax")
@@ -121,14 +122,20 @@ def lower(
         LoweringError: the backend failed on a piece without naming operators that it could do without.
     """
     store = store or AlwaysCompile()
-    refused = {n: why for n in graph.graph.nodes if _computes(n) and (why := backend.unsupported(n)) is not None}
+    after_passes = graph
+    graph, refused = decomposed_for(backend.name, backend.fused_operators, graph, context.records)
+    for node in graph.graph.nodes:
+        if _computes(node) and node not in refused and (why := backend.unsupported(node)) is not None:
+            refused[node] = why
     refused.update({n: "writes to a buffer while it computes" for n in graph.graph.nodes if _writes_amid(n)})
     while True:
         _refuse_run_time_numbers(graph, refused)
         stages = _stages(graph, refused)
         records = len(context.records)
         try:
-            return _compile(graph, stages, refused, backend, inputs, context, store)
+            lowered = _compile(graph, stages, refused, backend, inputs, context, store)
+            lowered.graph = after_passes
+            return lowered
         except LoweringError as error:
             culprits = {n: error.nodes[n.name] for n in graph.graph.nodes if n.name in error.nodes and n not in refused}
             if not culprits:

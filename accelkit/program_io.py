@@ -163,6 +163,8 @@ def _with_prefix(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, tor
 def _program(graph: Any, state: Any, constants: Any) -> torch.export.ExportedProgram:
     from torch._export.serde import schema, serialize
 
+    import accelkit.ops  # noqa: F401  a saved model may call fused operators itself
+
     by = graph.get("torch_version", "an unknown version") if isinstance(graph, dict) else "an unknown version"
     if missing := sorted(set(_missing_operators(graph))):
         raise ArtifactError(

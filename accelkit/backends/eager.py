@@ -13,6 +13,7 @@ from torch import fx
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 from accelkit.graph import SHORT
+from accelkit.ops import OPERATORS
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -25,6 +26,7 @@ class Eager(Backend):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     embeds_weights: ClassVar[bool] = False
+    fused_operators: ClassVar[frozenset[str]] = frozenset(OPERATORS)
     description: ClassVar[str] = "PyTorch's own operators on the optimised graph"
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
