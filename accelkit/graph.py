@@ -126,8 +126,8 @@ def is_size(node: fx.Node) -> bool:
 
 def aliases(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory the node's result may share (views, in-place results, getitem of such)."""
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        return [node.args[0]]
+    if node.target is operator.getitem and isinstance(source := node.args[0], fx.Node):
+        return [source] if not _results_own_memory(source) else _same_item_before(node, source)
     bound = bound_arguments(node)
     if bound is None or not isinstance(node.target, torch._ops.OpOverload):
         return []
@@ -139,6 +139,16 @@ def aliases(node: fx.Node) -> list[fx.Node]:
     if not found and node.target._schema.name in _MAY_RETURN_INPUT:
         found = node.all_input_nodes
     return found
+
+
+def _results_own_memory(node: fx.Node) -> bool:
+    """Whether each of the node's results is memory of its own: the contract of accelkit's fused operators."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "accelkit"
+
+
+def _same_item_before(item: fx.Node, source: fx.Node) -> list[fx.Node]:
+    same = [user for user in source.users if user.target is operator.getitem and user.args[1] == item.args[1]]
+    return [] if same[0] is item else same[:1]
 
 
 # Composite operators whose schema says nothing of aliasing, but that return (a view of) an input when there is nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -141,3 +142,17 @@ def test_what_a_graph_writes_to() -> None:
     graph.call_function(aten.copy_.default, (view, x))
     assert graphs.written_roots(graph) == {w}
     assert graphs.storage_roots(view) == {w}
+
+
+def test_each_result_of_a_fused_operator_is_memory_of_its_own() -> None:
+    import accelkit.ops  # noqa: F401 (defines the operators)
+
+    graph = fx.Graph()
+    x, y, w = (graph.placeholder(name) for name in "xyw")
+    fused = graph.call_function(torch.ops.accelkit.residual_rms_norm.default, (x, y, w))
+    split = graph.call_function(aten.split.Tensor, (x, 2))
+    first, second, again = (graph.call_function(operator.getitem, (fused, i)) for i in (0, 1, 1))
+    part = graph.call_function(operator.getitem, (split, 0))
+    assert [graphs.aliases(n) for n in (first, second, again, part)] == [[], [], [second], [split]]
+    assert graphs.storage_roots(part) == {x}
+    assert graphs.memory_family(first).isdisjoint(graphs.memory_family(again))

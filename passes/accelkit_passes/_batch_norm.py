@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from accelkit import graph as graphs
-from accelkit.pass_api import Refused
+from accelkit_passes._fusion import constant, require
 
 aten = torch.ops.aten
 
@@ -44,12 +44,6 @@ class BatchNorm:
     scale: torch.Tensor
     shift: torch.Tensor
     dtype: torch.dtype
-
-
-def require(condition: bool, reason: str) -> None:
-    """Refuse with `reason` unless `condition` holds; the passes catch it and note it in their result."""
-    if not condition:
-        raise Refused(reason)
 
 
 def is_batch_norm(node: fx.Node) -> bool:
@@ -94,39 +88,6 @@ def _result(norm: fx.Node) -> fx.Node:
     require(not others, f"{norm.name}'s saved statistics are used by {', '.join(others)}")
     require(len(items) == 1, f"{norm.name}'s result is read {len(items)} times")
     return items[0]
-
-
-def constant(graph: fx.GraphModule, node: Any, what: str) -> torch.Tensor:
-    """The real tensor of a parameter, buffer or constant that the graph never writes to.
-
-    Raises:
-        Refused: it is computed at run time, or written to.
-    """
-    require(node.op == "get_attr", f"{what} ({node.name}) is computed at run time")
-    value = graphs.attribute(graph, str(node.target))
-    require(not _is_written(graph, value), f"{what} ({node.name}) is written to by the graph")
-    assert isinstance(value, torch.Tensor)
-    return value.detach()
-
-
-def _is_written(graph: fx.GraphModule, value: torch.Tensor) -> bool:
-    storage = value.untyped_storage().data_ptr()
-    for node in graph.graph.nodes:
-        if not graphs.is_mutating(node):
-            continue
-        for root in {r for written in graphs.aliases(node) for r in graphs.storage_roots(written)}:
-            if (
-                root.op == "get_attr"
-                and graphs.attribute(graph, str(root.target)).untyped_storage().data_ptr() == storage
-            ):
-                return True
-    return False
-
-
-def only_used_by(node: fx.Node, user: fx.Node) -> None:
-    """Refuse where others than `user` need the value that the fold would change."""
-    others = [u.name for u in node.users if u is not user]
-    require(not others, f"{node.name} is also used by {', '.join(others)}")
 
 
 def rounded(value: torch.Tensor, dtype: torch.dtype, what: str) -> torch.Tensor:

@@ -17,16 +17,8 @@ from torch import fx
 
 from accelkit import graph as graphs
 from accelkit.pass_api import GraphPass, PassResult, Refused
-from accelkit_passes._batch_norm import (
-    constant,
-    input_of,
-    is_batch_norm,
-    only_used_by,
-    read,
-    require,
-    rounded,
-    take_fold,
-)  # fmt: skip
+from accelkit_passes._batch_norm import input_of, is_batch_norm, read, rounded, take_fold
+from accelkit_passes._fusion import constant, only_used_by, require
 
 aten = torch.ops.aten
 
