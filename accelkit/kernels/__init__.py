@@ -1,0 +1,26 @@
+"""Triton kernels of the fused operators; what each computes is written down, in plain PyTorch, in `accelkit.ops`.
+
+Every module here imports Triton when it is imported, so import them in the function that launches a kernel. A kernel's
+configuration is a plain tuple: `candidates(...)` lists those worth measuring, `default(...)` picks one by rule; nothing
+is tuned inside a call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Launches inside go to the tensor's GPU: Triton launches on the current one, whatever the arguments' is."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def dense_last(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy of it where its last dimension does not lie densely."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
