@@ -83,17 +83,26 @@ def measure_ceilings(
     return Ceilings(rates, 2 * copy_bytes / timings["copy"].median_ms / 1e9, size)
 
 
-def work_of(model: nn.Module, inputs: Inputs, precision: str, lengths: Sequence[int] | None = None) -> Work:
+def work_of(
+    model: nn.Module,
+    inputs: Inputs,
+    precision: str,
+    lengths: Sequence[int] | None = None,
+    counted: dict[int | None, int] | None = None,
+) -> Work:
     """Counted by running the model once on one row of `inputs` (or, where `lengths` is given, on one of each length).
 
     Args:
         inputs: first dimension the batch.
         lengths: the rows' lengths without their padding: only these tokens count, as without padding they would.
+        counted: operations by length that are known already; added to.
     """
     tensors = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     batch = tensors[0].shape[0]
     rows, tokens = lengths or [None] * batch, sum(lengths) if lengths else tensors[0].shape[:2].numel()
-    counted = {length: _operations(model, _row(inputs, length)) for length in set(rows)}
+    counted = {} if counted is None else counted
+    for length in set(rows) - set(counted):
+        counted[length] = _operations(model, _row(inputs, length))
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = {id(weight) for weight in embeddings}
     numbers = sum(p.numel() for p in model.parameters() if id(p) not in tables)

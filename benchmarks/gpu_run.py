@@ -118,6 +118,7 @@ class Run:
         self.ceilings: Ceilings = measure_ceilings(options.device, self.precisions, tiny=options.tiny)
         self.pattern = self._pattern()
         self.rows: list[dict[str, Any]] = []
+        self.counted: dict[int | None, int] = {}
 
     def _narrow(self, dtype: torch.dtype) -> torch.nn.Module:
         return by_hand.cast(self.model, (), dtype)[0]
@@ -187,7 +188,8 @@ class Run:
 
     def _floor(self, inputs: Inputs, kept: torch.Tensor | None, precision: str) -> dict[str, Any]:
         lengths = None if kept is None else kept.sum(1).tolist()
-        floor = floor_of(work_of(self.model, inputs, precision, lengths), self.ceilings, precision)
+        work = work_of(self.model, inputs, precision, lengths, self.counted)
+        floor = floor_of(work, self.ceilings, precision)
         return {"floor_ms": floor.ms, "floor_bound": floor.bound}
 
     def _truths(self, inputs: Inputs) -> dict[bool, list[torch.Tensor]]:
@@ -209,7 +211,8 @@ class Run:
         if time.perf_counter() > self.deadline:
             row["failure"] = f"the run's time budget of {self.options.budget:g} s was used up"
             return None
-        self._clean(compiled=False)
+        if self.options.device == "cuda":
+            torch.cuda.empty_cache()  # what the candidate before left, or this one would seem to need less
         before, started = _bytes_in_use(self.options.device), time.perf_counter()
         try:
             build = with_tf32(case.precision, lambda: peer.build(case))
@@ -224,6 +227,8 @@ class Run:
             _synchronize(self.options.device)
         except Exception as problem:  # noqa: BLE001 - a candidate that cannot take the model is a result
             row["failure"] = reason(problem)
+            del problem  # its traceback holds what the build had taken
+            self._clean(compiled=False)
             return None
         after = _bytes_in_use(self.options.device)
         row["memory_bytes"] = None if before is None or after is None else after - before
@@ -247,11 +252,12 @@ class Run:
             row["share_of_floor"] = round(row["floor_ms"] / timing.median_ms, 4) if "floor_ms" in row else None
 
     def _clean(self, compiled: bool = True) -> None:
+        """Memory that nothing uses goes back to the GPU, so that what a candidate takes can be told."""
         if compiled:
             torch._dynamo.reset()
-        gc.collect()
         if self.options.device == "cuda":
-            _synchronize("cuda")
+            gc.collect()
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
     def _say(self, text: str) -> None:

@@ -1,7 +1,7 @@
-"""Writes the README's tables from the code and from benchmarks/results/.
+"""Writes the tables of README.md and docs/benchmarks-gpu.md from the code and from benchmarks/results/.
 
-    python docs/generate_tables.py            # rewrite README.md
-    python docs/generate_tables.py --check    # exit with 1 if it would change
+    python docs/generate_tables.py            # rewrite them
+    python docs/generate_tables.py --check    # exit with 1 if one would change
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. No number or name in those
 tables is written by hand, so that none can outlive the code or the run it came from.
@@ -23,8 +23,12 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pytest, mypy and build bring it to Python 3.10
 
+sys.path.append(str(Path(__file__).resolve().parent))  # tests load this file by its path
+import gpu_page
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+GPU_DOCUMENT = ROOT / "docs" / "benchmarks-gpu.md"
 PYPROJECT = ROOT / "pyproject.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
@@ -133,44 +137,62 @@ def own_entries(group: str) -> list[str]:
     return list(tomllib.loads(PYPROJECT.read_text())["project"]["entry-points"][group])
 
 
+def gpu() -> str:
+    """README's GPU tables; nothing where no GPU was measured."""
+    return gpu_page.headline(RESULTS, markdown_table)
+
+
+def gpu_document() -> str:
+    """The sections of docs/benchmarks-gpu.md."""
+    return gpu_page.document(RESULTS, markdown_table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "passes": passes,
     "precisions": precisions,
+    "gpu": gpu,
     "benchmarks": benchmarks,
 }
+GPU_TABLES: dict[str, Callable[[], str]] = {"gpu-document": gpu_document}
+DOCUMENTS = {README: TABLES, GPU_DOCUMENT: GPU_TABLES}
+"""Each file with tables, and those that have to stand in it."""
 
 
-def render(text: str) -> str:
+def render(text: str, tables: dict[str, Callable[[], str]] = TABLES, document: str = "README.md") -> str:
     """The text with every marked table made anew."""
-    absent = [name for name in TABLES if f"<!-- table: {name} -->" not in text]
+    absent = [name for name in tables if f"<!-- table: {name} -->" not in text]
     if absent:
         places = "add `<!-- table: NAME -->` and `<!-- end -->`"
-        raise SystemExit(f"README.md has no place for these tables: {', '.join(absent)}; {places}")
+        raise SystemExit(f"{document} has no place for these tables: {', '.join(absent)}; {places}")
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        if name not in TABLES:
-            raise SystemExit(f"README.md asks for an unknown table {name!r}; known: {', '.join(TABLES)}")
-        return f"{match[1]}{TABLES[name]()}\n{match[4]}"
+        if name not in tables:
+            raise SystemExit(f"{document} asks for an unknown table {name!r}; known: {', '.join(tables)}")
+        body = tables[name]()
+        return f"{match[1]}{body}\n{match[4]}" if body else f"{match[1]}{match[4]}"
 
     return BLOCK.sub(fill, text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args(arguments).check
-    before = README.read_text()
-    after = render(before)
-    if before == after:
-        return 0
-    if check:
-        print("README.md is out of date: run `make tables`", file=sys.stderr)
-        return 1
-    README.write_text(after)
-    print("README.md rewritten")
-    return 0
+    stale = 0
+    for path, tables in DOCUMENTS.items():
+        before = path.read_text()
+        after = render(before, tables, path.name)
+        if before == after:
+            continue
+        if check:
+            print(f"{path.name} is out of date: run `make tables`", file=sys.stderr)
+            stale = 1
+            continue
+        path.write_text(after)
+        print(f"{path.name} rewritten")
+    return stale
 
 
 if __name__ == "__main__":
