@@ -5,6 +5,7 @@ captured program in float64 = truth;  the original model in the precision asked 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from accelkit.lowering import EngineStore, Lowered
 from accelkit.measure import Timing, interleaved
 from accelkit.precision import Precision
 from accelkit.signature import Constant, TensorSpec
+from accelkit.tf32 import tensor_core_products
 from accelkit.twin import clone_inputs, no_fused_multi_head_attention, preserved
 
 TIMING_SECONDS = 1.0
@@ -100,7 +102,8 @@ def _judge(
 ) -> None:
     names = [_output_name(program, i) for i in range(len(results))]
     owners = (program.graph,) if model is None else (program.graph, model)
-    with preserved(*owners), torch.no_grad():
+    arithmetic = tensor_core_products() if precision.name == "tf32" else contextlib.nullcontext()
+    with preserved(*owners), torch.no_grad(), arithmetic:
         plain = _graph_order(program, original()) if model is not None else original()
     own = plain
     if precision.dtype != torch.float32:

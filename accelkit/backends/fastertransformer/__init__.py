@@ -1,0 +1,75 @@
+"""FasterTransformer: the fused graph with static buffers in one CUDA graph per bucket.
+
+    graph of fused operators --prepare--> PyTorch's own execution --record, once a bucket--> CUDA graph, replayed at each call
+
+The fused-transformer runtime of NVIDIA's FasterTransformer on today's parts: `torch.ops.accelkit.*` (Triton kernels, cuBLASLt)
+and PyTorch's operators. A call is on the caller's stream and never synchronises. On a CPU the operators' plain definitions run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from accelkit.backend_api import Backend, CompileContext, Engine
+from accelkit.errors import InputError
+from accelkit.ops import OPERATORS
+
+
+@dataclass(frozen=True)
+class FasterTransformer(Backend):
+    """Fused operators in a CUDA graph.
+
+    Attributes:
+        cuda_graph: record the whole forward in a CUDA graph, for the shapes that it is compiled with; other shapes run the
+            same graph without.
+        capture_sizes: batch sizes to record beside the example's, where the inputs' first dimension is dynamic.
+        pad_batch: run a batch between two recorded sizes in the next larger one where the model provably treats rows
+            independently and that measured faster.
+        warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
+    """
+
+    cuda_graph: bool = True
+    capture_sizes: tuple[int, ...] = ()
+    pad_batch: bool = True
+    warmup: int = 3
+
+    name: ClassVar[str] = "fastertransformer"
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
+    devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    embeds_weights: ClassVar[bool] = False
+    fused_operators: ClassVar[frozenset[str]] = frozenset(OPERATORS)
+    description: ClassVar[str] = "fused operators in a CUDA graph per bucket; on a CPU their plain definitions"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.warmup, int) or self.warmup < 1:
+            raise InputError(f"warmup has to be a whole number of at least 1, not {self.warmup!r}")
+        if any(not isinstance(size, int) or size < 1 for size in self.capture_sizes):
+            raise InputError(f"capture_sizes has to be batch sizes of at least 1, not {self.capture_sizes!r}")
+
+    def versions(self) -> dict[str, str]:
+        found = super().versions()
+        if torch.cuda.is_available():
+            found["cuda"] = str(torch.version.cuda)
+        return found | _triton_version()
+
+    def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
+        from accelkit.backends.fastertransformer.engine import FasterTransformerEngine
+
+        return FasterTransformerEngine(self, graph, inputs, context)
+
+
+def _triton_version() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return {"triton": version("triton")}
+    except PackageNotFoundError:
+        return {}
+
+
+__all__ = ["FasterTransformer"]

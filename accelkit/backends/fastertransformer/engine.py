@@ -1,0 +1,183 @@
+"""The engine: recorded shapes are replayed, others run the same graph without a recording.
+
+shapes recorded     copy in, replay, copy out
+batch in between    the next larger recording, where rows are independent (rowwise.py) and it measured faster
+any other shapes    the graph's operators, one after another
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from accelkit import graph as graphs
+from accelkit.backend_api import CompileContext, Engine, EngineFacts
+from accelkit.backends.eager import own_memory, shared_outputs
+from accelkit.backends.fastertransformer import facts
+from accelkit.backends.fastertransformer.batches import Padding, Shapes, batch_of, examples_of, shapes_of
+from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
+from accelkit.backends.fastertransformer.prepare import prepare
+from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
+from accelkit.errors import InputError
+from accelkit.tf32 import tensor_core_products
+
+if TYPE_CHECKING:
+    from accelkit.backends.fastertransformer import FasterTransformer
+
+
+class FasterTransformerEngine(Engine):
+    """A graph of fused operators and its recordings."""
+
+    def __init__(
+        self, backend: FasterTransformer, graph: fx.GraphModule, inputs: Sequence[Tensor], context: CompileContext
+    ) -> None:
+        self._backend = backend
+        self._graph = prepare(graph, inputs, context)
+        self._forward = self._graph.forward
+        self._laid_out = graphs.laid_out(self._graph)
+        self._copied = shared_outputs(self._graph)
+        self._devices = tuple(i.device for i in inputs)
+        self._device = next((d for d in self._devices if d.type == "cuda"), torch.device("cpu"))
+        self._tf32 = context.precision.name == "tf32" and self._device.type == "cuda"
+        self._recordings: dict[Shapes, Recording] = {}
+        self._padding: Padding | None = None
+        self._refusals: list[str] = []
+        self._memory_bytes = 0
+        self._lock = threading.Lock()  # of the static memory, and of the counts
+        self._calls: Counter[str] = Counter()
+        self._stream: Any = None  # the latest replay's, which `_done` follows
+        self._done: Any = None
+        if backend.cuda_graph and self._device.type == "cuda":
+            context.progress("recording CUDA graphs")
+            self._record([i.detach() for i in inputs])
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """Run.
+
+        Raises:
+            InputError: an input is on another device than the engine.
+        """
+        for position, (tensor, device) in enumerate(zip(inputs, self._devices, strict=True)):
+            if tensor.device != device:
+                raise InputError(
+                    f"fastertransformer: input {position} is on {tensor.device}, the engine on {device}; move it there, "
+                    f"or optimize a copy of the model on {tensor.device}"
+                )
+        if not self._recordings or torch.cuda.is_current_stream_capturing():
+            return self._run(inputs)
+        recording = self._recordings.get(shapes_of(inputs))
+        if recording is not None:
+            return self._replay(recording.run, inputs, "replayed")
+        if self._padding is not None and (recording := self._padding.recording_for(inputs)) is not None:
+            batch, rows = self._padding.batch, self._padding.batch.rows(inputs)
+            run_padded = recording.run_padded
+            return self._replay(lambda i: run_padded(i, batch.batched, rows), inputs, "padded")
+        with self._lock:
+            self._calls["not recorded"] += 1
+        return self._run(inputs)
+
+    def calls(self) -> dict[str, int]:
+        """Calls so far where there are recordings: `replayed`, `padded` to a larger recording, `not recorded`."""
+        with self._lock:
+            return dict(self._calls)
+
+    def describe(self) -> EngineFacts:
+        notes = [*facts.operator_notes(self._graph, self._device)]
+        if self._recordings:
+            count = len(self._recordings)
+            notes.append(
+                f"{count} CUDA graph{'s' * (count > 1)} in {self._memory_bytes / 2**20:.0f} MiB of static memory: "
+                + " | ".join(_shown(shapes) for shapes in self._recordings)
+                + "; other shapes run without"
+            )
+        if self._padding is not None:
+            notes.append("a batch between two recorded sizes runs in the larger one where that is faster")
+        if calls := self.calls():
+            notes.append("calls: " + ", ".join(f"{n} {how}" for how, n in sorted(calls.items())))
+        return EngineFacts(
+            backend=self._backend.name,
+            versions=self._backend.versions(),
+            precisions=facts.precisions(self._graph, self._tf32),
+            memory_bytes=self._memory_bytes,
+            notes=(*notes, *self._refusals),
+        )
+
+    # --- running
+
+    def _run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with torch.no_grad(), self._arithmetic(), self._on_device():
+            results = self._forward(*self._laid_out(inputs))
+            return own_memory(results, self._copied) if self._copied else results
+
+    def _replay(
+        self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], inputs: Sequence[Tensor], how: str
+    ) -> Sequence[Tensor]:
+        with self._lock, torch.no_grad():
+            stream = torch.cuda.current_stream(self._device)
+            if stream != self._stream:
+                if self._stream is not None:
+                    stream.wait_event(self._done)  # the static memory may still be in use there
+                self._stream = stream
+            results = run(inputs)
+            self._done.record(stream)
+            self._calls[how] += 1
+        return results
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return tensor_core_products() if self._tf32 else nullcontext()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    # --- recording, while the engine is made
+
+    def _record(self, inputs: Sequence[Tensor]) -> None:
+        if (obstacle := why_not_recordable(self._graph, self._device)) is not None:
+            self._refusals.append(f"no CUDA graph: {obstacle}")
+            return
+        batch = batch_of(self._graph)
+        examples, refusals = examples_of(self._backend.capture_sizes, batch, self._laid_out(inputs))
+        self._refusals += refusals
+        recorder = Recorder(self._device)
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        recorded = []
+        for one in examples:  # from the largest on: the smaller ones fit into the memory that it leaves
+            try:
+                with self._arithmetic():
+                    self._recordings[shapes_of(one)] = recorder.record(self._forward, one, self._backend.warmup)
+            except NotRecordable as error:
+                self._refusals.append(f"no CUDA graph for {_shown(shapes_of(one))}: {error}")
+            except torch.OutOfMemoryError as error:
+                self._refusals.append(f"no CUDA graph for {_shown(shapes_of(one))}, out of memory: {error}")
+            else:
+                recorded.append(one)
+        self._memory_bytes = recorder.memory_bytes() if recorded else 0
+        if self._backend.pad_batch and recorded and not isinstance(batch, str):
+            self._allow_padding(batch, recorded)
+
+    def _allow_padding(self, batch: Any, recorded: Sequence[Sequence[Tensor]]) -> None:
+        from accelkit.backends.fastertransformer.rowwise import why_not_rowwise
+
+        if (reason := why_not_rowwise(self._graph, batch.symbol)) is not None:
+            self._refusals.append(f"batches are not padded to a recorded size: {reason}")
+            return
+        times = {}
+        for one in recorded:
+            replay = functools.partial(self._replay, self._recordings[shapes_of(one)].run, one, "replayed")
+            times[batch.rows(one)] = (
+                call_ms(replay, self._device),
+                call_ms(functools.partial(self._run, one), self._device),
+            )
+        self._padding = Padding(batch, self._recordings, times)
+        self._calls.clear()
+
+
+def _shown(shapes: Shapes) -> str:
+    return ", ".join(str(list(shape)) for shape, _ in shapes)
