@@ -265,7 +265,11 @@ def _descriptors(key: Tensor, value: Tensor, config: AttentionConfig, block_d: i
         return None, None
     block = [1, 1, config.block_n, block_d]
     key, value = key.transpose(1, 2), value.transpose(1, 2)
-    return tuple(TensorDescriptor(t, list(t.shape), list(t.stride()), block) for t in (key, value))  # type: ignore[return-value]
+    return _descriptor(key, block), _descriptor(value, block)
+
+
+def _descriptor(tensor: Tensor, block: list[int]) -> Any:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block)
 
 
 def _bulk_copyable(tensor: Tensor) -> bool:

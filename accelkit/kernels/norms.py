@@ -106,7 +106,7 @@ def embedding_layer_norm(
 
     A row with an index out of range becomes NaN: PyTorch's own lookup would stop the GPU there.
     """
-    shape = torch.broadcast_shapes(*(index.shape for index in indices))
+    shape = torch.broadcast_shapes(*(index.shape for index in indices))  # type: ignore[no-untyped-call]
     dtype = tables[0].dtype
     for table in tables[1:]:
         dtype = torch.promote_types(dtype, table.dtype)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from accelkit.ops import attention_kinds
+from accelkit.ops.attention_choice import chosen_kind
+from accelkit.ops.attention_kinds import with_causal
 from accelkit.ops.operator import Operator, define
 
 SCHEMA = (
@@ -45,12 +48,11 @@ def meaning(
         [batch, length, heads, value width], contiguous, in query's dtype.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or sizes that do not go together.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind has to be one of {', '.join(KINDS)}, not {kind!r}")
+    check(query, key, value, mask, kind)
     if mask is not None and causal:
-        mask = _with_causal(mask, query.shape[1], key.shape[1])
+        mask = with_causal(mask, query.shape[1], key.shape[1])
         causal = False
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
@@ -60,11 +62,36 @@ def meaning(
     return result.transpose(1, 2).contiguous()
 
 
-def _with_causal(mask: Tensor, length: int, keys: int) -> Tensor:
-    allowed = torch.ones(length, keys, dtype=torch.bool, device=mask.device).tril()
-    if mask.dtype is torch.bool:
-        return mask & allowed
-    return mask.masked_fill(~allowed, float("-inf"))
+def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, kind: str = "auto") -> None:
+    """Raise ValueError for what no kernel may be given; symbolic sizes are taken on trust."""
+    if kind not in KINDS:
+        raise ValueError(f"kind has to be one of {', '.join(KINDS)}, not {kind!r}")
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"attention takes [batch, length, heads, width] operands, not {_sizes(query, key, value)}")
+    batch, length, heads, width = query.shape
+    keys, key_heads = key.shape[1:3]
+    if differ(batch, key.shape[0]) or differ(width, key.shape[3]) or any(map(differ, key.shape[:3], value.shape[:3])):
+        raise ValueError(
+            "query, key and value have to agree in batch, query and key in width, key and value in length and heads; "
+            f"they are {_sizes(query, key, value)}"
+        )
+    if isinstance(heads, int) and isinstance(key_heads, int) and (key_heads == 0 or heads % key_heads):
+        raise ValueError(f"the query's heads have to be a multiple of the key's: {_sizes(query, key, value)}")
+    if mask is None:
+        return
+    wanted = (batch, heads, length, keys)
+    if mask.dim() > 4 or any(differ(m, w) and m != 1 for m, w in zip(mask.shape[::-1], wanted[::-1], strict=False)):
+        raise ValueError(
+            f"a mask {list(mask.shape)} does not broadcast to [batch, heads, length, keys], {list(wanted)}"
+        )
+
+
+def _sizes(query: Tensor, key: Tensor, value: Tensor) -> str:
+    return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+
+
+def differ(one: object, other: object) -> bool:
+    return isinstance(one, int) and isinstance(other, int) and one != other
 
 
 def fake(
@@ -76,8 +103,7 @@ def fake(
     scale: float | None = None,
     kind: str = "auto",
 ) -> Tensor:
-    if kind not in KINDS:
-        raise ValueError(f"kind has to be one of {', '.join(KINDS)}, not {kind!r}")
+    check(query, key, value, mask, kind)
     return query.new_empty((*query.shape[:3], value.shape[3]))
 
 
@@ -90,7 +116,11 @@ def refusal(
     scale: float | None = None,
     kind: str = "auto",
 ) -> str | None:
-    return "no kernel is here yet"
+    if kind != "auto":
+        return attention_kinds.refusal_of(kind, query, key, value, mask, causal)
+    if chosen_kind(query, key, value, mask, causal) != "math":
+        return None
+    return attention_kinds.refusal_of("triton", query, key, value, mask, causal)
 
 
 def kernel(
@@ -102,7 +132,10 @@ def kernel(
     scale: float | None = None,
     kind: str = "auto",
 ) -> Tensor:
-    raise NotImplementedError
+    check(query, key, value, mask, kind)
+    if kind == "auto":
+        kind = chosen_kind(query, key, value, mask, causal)
+    return attention_kinds.run(kind, query, key, value, mask, causal, scale)
 
 
 OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))

@@ -40,7 +40,7 @@ def meaning(
 def fake(
     indices: list[Tensor], tables: list[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> Tensor:
-    shape = torch.broadcast_shapes(*(i.shape for i in indices))
+    shape = torch.broadcast_shapes(*(i.shape for i in indices))  # type: ignore[no-untyped-call]
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in tables))
     return tables[0].new_empty((*shape, tables[0].shape[1]), dtype=dtype)
 

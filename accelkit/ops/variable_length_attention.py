@@ -6,10 +6,13 @@ offsets:  0          3    4       6
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from accelkit.ops import attention
+from accelkit.ops.attention_kinds import refusal_of
 from accelkit.ops.operator import Operator, define
 
 SCHEMA = (
@@ -38,14 +41,32 @@ def meaning(
 
     Returns:
         [rows, heads, value width]; rows from offsets[-1] on hold anything (zeros here).
+
+    Raises:
+        ValueError: sizes that do not go together, offsets that are no int32 vector.
     """
+    _check(query, key, value, offsets)
     result = query.new_zeros((*query.shape[:2], value.shape[2]))
     bounds = offsets.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         if end > start:
-            part = (t[start:end].unsqueeze(0) for t in (query, key, value))
-            result[start:end] = attention.meaning(*part, causal=causal, scale=scale)[0]
+            q, k, v = (t[start:end].unsqueeze(0) for t in (query, key, value))
+            result[start:end] = attention.meaning(q, k, v, causal=causal, scale=scale)[0]
     return result
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> None:
+    """Raise ValueError for what no kernel may be given; symbolic sizes are taken on trust."""
+    if not query.dim() == key.dim() == value.dim() == 3:
+        raise ValueError(
+            "variable-length attention takes [rows, heads, width] operands, not "
+            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
+        )
+    attention.check(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
+    if attention.differ(query.shape[0], key.shape[0]):
+        raise ValueError(f"as many keys as queries are needed, not {key.shape[0]} beside {query.shape[0]} rows")
+    if offsets.dim() != 1 or offsets.dtype is not torch.int32:
+        raise ValueError(f"offsets have to be an int32 vector, not {offsets.dtype} {list(offsets.shape)}")
 
 
 def fake(
@@ -57,6 +78,7 @@ def fake(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
+    _check(query, key, value, offsets)
     return query.new_empty((*query.shape[:2], value.shape[2]))
 
 
@@ -69,7 +91,7 @@ def refusal(
     causal: bool = False,
     scale: float | None = None,
 ) -> str | None:
-    return "no kernel is here yet"
+    return refusal_of("triton", query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), None, causal)
 
 
 def kernel(
@@ -81,7 +103,10 @@ def kernel(
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    raise NotImplementedError
+    from accelkit.kernels import attention as kernels
+
+    _check(query, key, value, offsets)
+    return kernels.variable_length_attention(query, key, value, offsets, longest, causal, scale)
 
 
 OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))
