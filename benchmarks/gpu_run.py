@@ -95,6 +95,7 @@ def parse(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] 
     for given, names in ((options.model, models), (options.precision or (), DTYPES), (options.peers or (), known)):
         if unknown := [n for n in given if n.removeprefix("+") not in names]:
             parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(names)}")
+    options.deadline = time.perf_counter() + options.budget
     options.rounds = options.rounds or (1 if options.tiny else None)
     options.seconds = options.seconds or (2.0 if options.quick else 4.0)
     options.output = options.output or (Path(tempfile.mkdtemp(prefix="accelkit-tiny-")) if options.tiny else RESULTS)
@@ -106,7 +107,6 @@ class Run:
 
     def __init__(self, experiment: Experiment, options: argparse.Namespace) -> None:
         self.experiment, self.options = experiment, options
-        self.deadline = time.perf_counter() + options.budget
         self.precisions = tuple(
             options.precision or experiment.precisions[-1 if options.quick or options.tiny else 0 :]
         )
@@ -208,7 +208,7 @@ class Run:
         self, peer: Peer, case: Case, truth: list[torch.Tensor], kept: torch.Tensor | None, row: dict[str, Any]
     ) -> Call | None:
         """The candidate's call, or None with the reason in the row."""
-        if time.perf_counter() > self.deadline:
+        if time.perf_counter() > self.options.deadline:
             row["failure"] = f"the run's time budget of {self.options.budget:g} s was used up"
             return None
         if self.options.device == "cuda":
