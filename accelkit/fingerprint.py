@@ -271,11 +271,17 @@ def engine_key(
         *(f"pass {_made_by(one)} {_stable(repr(one))}" for one in onnx_passes),
         *(f"input {t.dtype} {t.device} {list(t.shape)} {strides(t)}" for t in inputs),
         f"threads {torch.get_num_threads()}",
-        f"arithmetic {torch.get_float32_matmul_precision()} {torch.backends.cudnn.allow_tf32} "
-        f"{torch.are_deterministic_algorithms_enabled()}",
+        f"arithmetic {_float32_products()} {torch.are_deterministic_algorithms_enabled()}",
         f"machine {_machine()} {[_gpu(t.device) for t in inputs]}",
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _float32_products() -> list[str]:
+    # by their new names: the old ones fail where a user has set the new ones
+    cudnn: Any = torch.backends.cudnn
+    owners = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    return [owner.fp32_precision for owner in owners]
 
 
 def _made_by(value: Any) -> str:

@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from accelkit.backends.eager import Eager
+from accelkit.fingerprint import engine_key
+from accelkit.precision import FP32
+from accelkit.testing import trace
 from accelkit.tf32 import tensor_core_products
 
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -15,7 +19,7 @@ matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
     yield
-    matmul.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = True
     matmul.fp32_precision = "none"
 
@@ -51,3 +55,11 @@ def test_settings_come_back(user: Callable[[], None]) -> None:
     with pytest.raises(ZeroDivisionError), tensor_core_products():
         _ = 1 / 0
     assert state() == before
+
+
+def test_engines_are_kept_apart_by_the_setting_under_its_new_name() -> None:
+    graph = trace(torch.nn.Linear(2, 2).eval(), torch.randn(1, 2))
+    keys = [engine_key(graph, Eager(), FP32, (), [torch.randn(1, 2)])]
+    matmul.fp32_precision = "tf32"
+    keys.append(engine_key(graph, Eager(), FP32, (), [torch.randn(1, 2)]))
+    assert keys[0] != keys[1]
