@@ -96,6 +96,11 @@ class Backend(_Pass):
     fused_operators: ClassVar[frozenset[str]] = frozenset()
     description: ClassVar[str] = ""
 
+    @classmethod
+    def precisions_on(cls, device: str) -> tuple[str, ...]:
+        """Names of the precisions that it has for models on this kind of device."""
+        return cls.precisions
+
     def unavailable(self) -> str | None:
         """Why it cannot run here and what to do about it (`pip install ...`), or None."""
         return None

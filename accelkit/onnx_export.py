@@ -61,6 +61,7 @@ def export_onnx(
     graph: fx.GraphModule,
     *,
     opset: int | None = None,
+    dialect: str = "standard",
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> onnx.ModelProto:
     """The ONNX model of `graph`, without its weights (see the module's text); `graph` is not changed.
@@ -71,14 +72,15 @@ def export_onnx(
     Args:
         graph: an accelkit graph whose outputs are all tensors.
         opset: version of the ONNX operator set; None for the exporter's own.
+        dialect: of the fused operators' forms, "standard" or "com.microsoft" (accelkit.onnx_translations).
         translations: ONNX forms for operators, as `torch.onnx.export(custom_translation_table=...)` takes them, beside
-            accelkit's own (accelkit.onnx_translations).
+            accelkit's own.
 
     Raises:
         LoweringError: the exporter cannot take the graph; the message has its reason. `nodes` is empty: see
             accelkit.culprits.
     """
-    from accelkit.onnx_translations import TRANSLATIONS
+    from accelkit.onnx_translations import translations as known
 
     for kind, nodes in (("input", graph.graph.find_nodes(op="placeholder")), ("output", _results(graph))):
         for node in nodes:
@@ -92,7 +94,7 @@ def export_onnx(
             exported = torch.onnx.export(
                 program, dynamo=True, verbose=False, optimize=True, opset_version=opset,
                 input_names=inputs, output_names=outputs,
-                custom_translation_table={**TRANSLATIONS, **(translations or {})},
+                custom_translation_table={**known(dialect), **(translations or {})},
             )  # fmt: skip
             assert exported is not None
             model: onnx.ModelProto = exported.model_proto

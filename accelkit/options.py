@@ -17,7 +17,7 @@ from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.precision import Precision
 from accelkit.signature import TensorSpec
 
-AUTO_ORDER = {"cpu": ("onnxruntime", "inductor", "eager"), "cuda": ("inductor", "eager")}
+AUTO_ORDER = {"cpu": ("onnxruntime", "inductor", "eager"), "cuda": ("fastertransformer", "inductor", "eager")}
 """`target="auto"`: the first of these that is available here and has the precision."""
 
 
@@ -72,10 +72,10 @@ def resolve_backend(target: str | Backend, precision: Precision, device: str) ->
     if not isinstance(backend, Backend):
         hint = f"; did you mean {backend.__name__}()?" if isinstance(backend, type) else ""
         raise InputError(f"target must be a name or a Backend value, not {target!r}{hint}")
-    if precision.name not in backend.precisions:
-        others = [n for n in plugins.names(plugins.BACKENDS) if _has(n, precision)]
+    if precision.name not in backend.precisions_on(device):
+        others = [n for n in plugins.names(plugins.BACKENDS) if _has(n, precision, device)]
         raise InputError(
-            f"target {backend.name!r} has no {precision}; it has {', '.join(backend.precisions)}. "
+            f"target {backend.name!r} has no {precision}; it has {', '.join(backend.precisions_on(device))}. "
             f"{precision} is had by: {', '.join(others) or 'no installed target'}"
         )
     if device not in backend.devices:
@@ -87,9 +87,9 @@ def resolve_backend(target: str | Backend, precision: Precision, device: str) ->
     return backend
 
 
-def _has(name: str, precision: Precision) -> bool:
+def _has(name: str, precision: Precision, device: str) -> bool:
     try:
-        return precision.name in plugins.find(plugins.BACKENDS, name).precisions
+        return precision.name in plugins.find(plugins.BACKENDS, name).precisions_on(device)
     except AccelkitError:  # someone's broken plug-in must not hide the message that asks
         return False
 
@@ -98,7 +98,7 @@ def _first_available(precision: Precision, device: str) -> Backend:
     reasons = []
     for name in AUTO_ORDER.get(device, ("eager",)):
         kind = plugins.find(plugins.BACKENDS, name)
-        if precision.name not in kind.precisions or device not in kind.devices:
+        if precision.name not in kind.precisions_on(device) or device not in kind.devices:
             reasons.append(f"{name} has no {precision} on {device}")
             continue
         backend = kind()

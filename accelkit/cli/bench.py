@@ -142,8 +142,9 @@ def choose_pairs(
         elif device not in backend.devices:
             skipped.append(f"target {target} does not run on {device}")
         else:
-            pairs += [(target, p) for p in precisions if p in backend.precisions]
-            skipped += [f"target {target} has no {p}" for p in precisions if p not in backend.precisions]
+            there = backend.precisions_on(device)
+            pairs += [(target, p) for p in precisions if p in there]
+            skipped += [f"target {target} has no {p}" for p in precisions if p not in there]
     if not pairs:
         raise BackendUnavailableError(f"nothing to measure: {'; '.join(skipped)}")
     return pairs, skipped
