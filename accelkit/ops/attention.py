@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from accelkit.ops import attention_kinds
 from accelkit.ops.attention_choice import chosen_kind
 from accelkit.ops.attention_kinds import with_causal
-from accelkit.ops.operator import Operator, define
+from accelkit.ops.operator import Operator, define, differ
 
 SCHEMA = (
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask=None, bool causal=False, float? scale=None, "
@@ -56,6 +56,8 @@ def meaning(
         causal = False
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
+    if mask is not None and mask.dim() < 2:
+        mask = mask.reshape(1, -1)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
     result = F.scaled_dot_product_attention(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
@@ -88,10 +90,6 @@ def check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
 
 def _sizes(query: Tensor, key: Tensor, value: Tensor) -> str:
     return f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-
-
-def differ(one: object, other: object) -> bool:
-    return isinstance(one, int) and isinstance(other, int) and one != other
 
 
 def fake(

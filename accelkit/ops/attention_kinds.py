@@ -185,6 +185,8 @@ def _efficient(
 def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype)
+    if mask is not None and mask.dim() < 2:
+        mask = mask.reshape(1, -1)
     operator = torch.ops.aten._scaled_dot_product_attention_math
     grouped = query.shape[1] != key.shape[1]
     return operator(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)[0]  # type: ignore[no-any-return]

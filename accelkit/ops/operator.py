@@ -85,3 +85,8 @@ def without_triton() -> str | None:
     except ImportError as error:
         return f'Triton is not installed ({error}); pip install "accelkit[gpu]"'
     return None
+
+
+def differ(one: object, other: object) -> bool:
+    """Whether two sizes are known to differ; nothing is asked of a symbolic one, which would add a guard."""
+    return isinstance(one, int) and isinstance(other, int) and one != other

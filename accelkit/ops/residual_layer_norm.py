@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accelkit.ops.operator import Operator, define, without_triton
+from accelkit.ops.operator import Operator, define, differ, without_triton
 
 SCHEMA = (
     "residual_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps=1e-05, Tensor? rows=None)"
@@ -36,9 +36,22 @@ def meaning(
 
     Returns:
         (normalised, sum), both in the sum's dtype.
+
+    Raises:
+        ValueError: sizes that do not go together.
     """
+    check(x, residual, weight, bias)
     total = (x + residual).contiguous()
     return layer_norm(total, weight, bias, eps), total
+
+
+def check(x: Tensor, residual: Tensor, *vectors: Tensor | None) -> None:
+    """Raise ValueError where the residual is not x's size or a vector not its width; symbolic sizes are taken on trust."""
+    if x.dim() == 0 or x.dim() != residual.dim() or any(map(differ, x.shape, residual.shape)):
+        raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} have to have the same sizes, [..., width]")
+    for vector in vectors:
+        if vector is not None and (vector.dim() != 1 or differ(vector.shape[0], x.shape[-1])):
+            raise ValueError(f"weight and bias have to be [{x.shape[-1]}] beside x {list(x.shape)}, not {list(vector.shape)}")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -59,6 +72,7 @@ def fake(
     eps: float = 1e-5,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    check(x, residual, weight, bias)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype)
 
@@ -88,6 +102,7 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     from accelkit.kernels import norms
 
+    check(x, residual, weight, bias)
     return norms.residual_layer_norm(x, residual, weight, bias, eps, rows)
 
 

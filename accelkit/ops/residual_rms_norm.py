@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accelkit.ops.operator import Operator, define, without_triton
+from accelkit.ops.residual_layer_norm import check
 
 SCHEMA = "residual_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps=1e-06, Tensor? rows=None) -> (Tensor, Tensor)"
 
@@ -27,7 +28,11 @@ def meaning(
 
     Returns:
         (normalised, sum), both in the sum's dtype.
+
+    Raises:
+        ValueError: sizes that do not go together.
     """
+    check(x, residual, weight)
     total = (x + residual).contiguous()
     widest = torch.promote_types(total.dtype, total.dtype if weight is None else weight.dtype)
     weight = None if weight is None else weight.to(widest)
@@ -37,6 +42,7 @@ def meaning(
 def fake(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float = 1e-6, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    check(x, residual, weight)
     dtype = torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype)
 
@@ -56,6 +62,7 @@ def kernel(
 ) -> tuple[Tensor, Tensor]:
     from accelkit.kernels import norms
 
+    check(x, residual, weight)
     return norms.residual_rms_norm(x, residual, weight, eps, rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accelkit.ops import attention
 from accelkit.ops.attention_kinds import refusal_of
-from accelkit.ops.operator import Operator, define
+from accelkit.ops.operator import Operator, define, differ
 
 SCHEMA = (
     "variable_length_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, SymInt longest, "
@@ -63,7 +63,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor) -> None:
             f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
     attention.check(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0))
-    if attention.differ(query.shape[0], key.shape[0]):
+    if differ(query.shape[0], key.shape[0]):
         raise ValueError(f"as many keys as queries are needed, not {key.shape[0]} beside {query.shape[0]} rows")
     if offsets.dim() != 1 or offsets.dtype is not torch.int32:
         raise ValueError(f"offsets have to be an int32 vector, not {offsets.dtype} {list(offsets.shape)}")
