@@ -1,6 +1,6 @@
 """The standard passes, one a file, written with accelkit's public names alone, and the order in which they run.
 
-canonical form -> no dropout -> fusions -> precision -> clean-up -> ONNX clean-up (in the ONNX-based targets)
+canonical form -> no dropout -> folds -> precision -> clean-up -> fused operators -> ONNX clean-up (ONNX-based targets)
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ DEFAULT: tuple[str, ...] = (
     "remove_no_ops",  # takes the casts that set_precision put twice
     "fold_constants",  # casts of weights included
     "eliminate_common_subexpressions",
+    # fused operators: in the precision's dtypes, and where no constant or duplicate stands between their parts
+    "fuse_embedding_layer_norm",  # before the residual norms: its sums are theirs where it refuses
+    "fuse_patch_embedding",
+    "fuse_residual_layer_norm",
+    "fuse_residual_rms_norm",
+    "fuse_linear_activation",
     "eliminate_dead_code",  # last on the fx graph: what the others left behind
     "onnx_optimizer",  # the ONNX-based targets run these two after the export
     "onnx_graph_surgeon",

@@ -56,6 +56,13 @@ def only_used_by(node: fx.Node, *users: fx.Node) -> None:
     require(not others, f"{node.name} is also used by {', '.join(others)}")
 
 
+def nothing_used_outside(graph: fx.GraphModule, inside: Collection[fx.Node], last: fx.Node) -> None:
+    """Refuse where others need what the fused operator does not give: anything of `inside` but `last`."""
+    for node in graph.graph.nodes:
+        if node in inside and node is not last:
+            only_used_by(node, *inside)
+
+
 def nothing_written_between(graph: fx.GraphModule, first: fx.Node, last: fx.Node) -> None:
     """Refuse where an operand may change between where it was read and where the fused operator reads it."""
     nodes = list(graph.graph.nodes)

@@ -22,8 +22,8 @@ from accelkit_passes._fusion import (
     is_cast,
     is_floating,
     metadata,
+    nothing_used_outside,
     nothing_written_between,
-    only_used_by,
     require,
 )  # fmt: skip
 from accelkit_passes._proofs import same_sizes
@@ -65,8 +65,7 @@ def fuse_residual(graph: fx.GraphModule, fused: Operator, norm: Norm) -> str:
     """
     total = norm.source
     x, residual = _operands(total)
-    for node in norm.inside - {norm.last}:
-        only_used_by(node, *norm.inside)
+    nothing_used_outside(graph, norm.inside, norm.last)
     results = _results(norm, graphs.val(total).dtype)
     nothing_written_between(graph, total, norm.last)
     _move_before(graph, norm, total)

@@ -26,8 +26,8 @@ from accelkit_passes._fusion import (
     bound,
     constant,
     erase_unused,
+    nothing_used_outside,
     nothing_written_between,
-    only_used_by,
     require,
 )  # fmt: skip
 from accelkit_passes._proofs import proved
@@ -46,7 +46,8 @@ class FuseEmbeddingLayerNorm(GraphPass):
         result = PassResult()
         for norm in graph.graph.find_nodes(op="call_function", target=aten.layer_norm.default):
             terms, sums = _terms(norm.args[0])
-            if not any(term.target is aten.embedding.default for term in terms):
+            looked_up = [term for term in terms if term.target is aten.embedding.default]
+            if not looked_up or any(term.op != "get_attr" for term in terms if term not in looked_up):
                 continue
             try:
                 result.rewrote(_fuse(graph, norm, terms, sums))
@@ -71,8 +72,7 @@ def _fuse(graph: fx.GraphModule, norm: fx.Node, terms: list[fx.Node], sums: list
     require(dimensions == 1, f"it normalises the last {dimensions} dimensions, not the last one alone")
     looked_up = [term for term in terms if term.target is aten.embedding.default]
     inside = {norm, *sums, *looked_up}
-    for node in inside - {norm}:
-        only_used_by(node, *inside)
+    nothing_used_outside(graph, inside, norm)
     for one in sums:
         require(bound(one)["alpha"] == 1, f"alpha={bound(one)['alpha']} scales the second operand of {one.name}")
     for term in terms:
@@ -82,11 +82,10 @@ def _fuse(graph: fx.GraphModule, norm: fx.Node, terms: list[fx.Node], sums: list
     require(tables <= MOST_TABLES, f"it adds {tables} tables; the fused operator takes {MOST_TABLES}")
     order = {node: position for position, node in enumerate(graph.graph.nodes)}
     nothing_written_between(graph, min(looked_up, key=order.__getitem__), norm)
-    pairs = {term: (bound(term)["indices"], bound(term)["weight"]) for term in looked_up}
+    pairs = [(bound(term)["indices"], bound(term)["weight"]) for term in terms if term in looked_up]
     if constants:
-        pairs[constants[0]] = _as_table(graph, norm, constants, looked_up)
-    in_order = [pairs[term] for term in terms if term in pairs]
-    operands = [list(column) for column in zip(*in_order, strict=True)]
+        pairs.insert(terms.index(constants[0]), _as_table(graph, norm, constants, looked_up))
+    operands = [list(column) for column in zip(*pairs, strict=True)]
     fused = add_fused(graph, OPERATOR, (*operands, *(arguments[name] for name in ("weight", "bias", "eps"))), norm)
     norm.replace_all_uses_with(fused)
     erase_unused(graph, {*inside, *constants})
@@ -99,7 +98,7 @@ def _check_term(graph: fx.GraphModule, term: fx.Node, norm: fx.Node) -> None:
     wide = value.dim() > 0 and proved(value.shape[-1] == result.shape[-1])
     require(wide, f"{term.name} is broadcast over the width")
     if term.target is not aten.embedding.default:
-        constant(graph, term, "what is added to the embeddings")
+        constant(graph, term, "what is added to the embeddings")  # which refuses what the graph writes to
         return
     arguments = bound(term)
     require(not arguments["sparse"], f"{term.name} is sparse")
@@ -116,9 +115,8 @@ def _as_table(
     if len(values) > 1:
         total = functools.reduce(torch.add, (value.double() for value in values)).to(values[0].dtype)
     for dim in range(total.dim() - 1):
-        if _covered(dim - total.dim(), norm, looked_up) and torch.equal(
-            total, (one := total[_first(dim)]).expand_as(total)
-        ):
+        one = total.narrow(dim, 0, 1)
+        if _covered(dim - total.dim(), norm, looked_up) and torch.equal(total, one.expand_as(total)):
             total = one
     rows, leading = total.reshape(-1, total.shape[-1]), total.shape[:-1]
     places = torch.arange(len(rows), device=rows.device).reshape(leading)
@@ -126,10 +124,6 @@ def _as_table(
     with graph.graph.inserting_before(norm):
         indices, table = (graph.graph.get_attr(name) for name in names)
     return indices, table
-
-
-def _first(dim: int) -> tuple[slice, ...]:
-    return (*[slice(None)] * dim, slice(0, 1))
 
 
 def _covered(dim: int, norm: fx.Node, looked_up: list[fx.Node]) -> bool:

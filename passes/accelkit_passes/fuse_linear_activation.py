@@ -31,8 +31,8 @@ from accelkit_passes._fusion import (
     erase_unused,
     is_cast,
     is_floating,
+    nothing_used_outside,
     nothing_written_between,
-    only_used_by,
     outside_users,
     require,
 )  # fmt: skip
@@ -79,8 +79,7 @@ class FuseLinearActivation(GraphPass):
 def _fuse(graph: fx.GraphModule, linear: fx.Node, values: dict[fx.Node, torch.Tensor]) -> str:
     last, activation = _activation(linear, values)
     inside = _between(linear, last, values)
-    for node in inside - {last}:
-        only_used_by(node, *inside)
+    nothing_used_outside(graph, inside, last)
     nothing_written_between(graph, linear, last)
     x, weight, bias = (bound(linear)[name] for name in ("input", "weight", "bias"))
     _check_operands(x, weight, bias)

@@ -22,8 +22,8 @@ from accelkit_passes._fusion import (
     add_fused,
     bound,
     erase_unused,
+    nothing_used_outside,
     nothing_written_between,
-    only_used_by,
     require,
 )  # fmt: skip
 from accelkit_passes._proofs import proved, same_sizes
@@ -71,8 +71,7 @@ def _keeps_channels(conv: fx.Node, reshape: fx.Node, channels: int) -> bool:
 
 def _fuse(graph: fx.GraphModule, path: list[fx.Node]) -> str:
     conv, first, last = path
-    only_used_by(conv, first)
-    only_used_by(first, last)
+    nothing_used_outside(graph, path, last)
     nothing_written_between(graph, conv, last)
     arguments = bound(conv)
     image, weight, bias = (arguments[name] for name in ("input", "weight", "bias"))

@@ -86,3 +86,22 @@ def refused(one: GraphPass, graph: fx.GraphModule, *inputs: torch.Tensor) -> lis
     record = check(one, graph, *inputs, rewrites=0)
     assert str(graph.graph) == text
     return [refusal.reason for refusal in record.refusals]
+
+
+def write_before(graph: fx.GraphModule, name: str) -> None:
+    """Put an operator that writes to a buffer in front of a node: capture itself moves writes to the end."""
+    node = next(n for n in graph.graph.nodes if n.name == name)
+    buffer = torch.zeros(())
+    graph.register_buffer("written", buffer)
+    with graph.graph.inserting_before(node):
+        read = graph.graph.get_attr("written")
+        write = graph.graph.call_function(torch.ops.aten.add_.Tensor, (read, 1))
+    for one in (read, write):
+        one.meta["val"] = fake_mode_of(graph).from_tensor(buffer)
+
+
+def reasons(one: GraphPass, graph: fx.GraphModule) -> list[str]:
+    """The reasons of a pass that rewrites nothing of a graph (also one that was tampered with)."""
+    record = apply(one, graph)
+    assert record.rewrites == ()
+    return [refusal.reason for refusal in record.refusals]
