@@ -71,14 +71,17 @@ def aligned_bias(mask: Tensor, query: Tensor, keys: int) -> Tensor:
 
     What PyTorch's efficient kernel and xFormers' ask for: exact sizes, a last stride of 1, multiples of 8 for the others.
     """
-    bias = mask
-    if mask.dtype is torch.bool:
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
-    bias = bias.to(query.dtype)
+    bias = _as_bias(mask, query.dtype)
     bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
     bias = F.pad(bias.expand(*bias.shape[:3], keys), (0, -keys % 16))[..., :keys]
     batch, heads, length = query.shape[0], query.shape[2], query.shape[1]
     return bias.expand(batch, heads, length, keys)
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype is torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    return mask.to(dtype)
 
 
 @functools.cache
@@ -183,13 +186,10 @@ def _efficient(
 
 
 def _math(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
-    if mask is not None and mask.dtype is not torch.bool:
-        mask = mask.to(query.dtype)
-    if mask is not None and mask.dim() < 2:
-        mask = mask.reshape(1, -1)
+    bias = None if mask is None else torch.atleast_2d(_as_bias(mask, query.dtype))  # type: ignore[no-untyped-call]
     operator = torch.ops.aten._scaled_dot_product_attention_math
     grouped = query.shape[1] != key.shape[1]
-    return operator(query, key, value, mask, 0.0, causal, scale=scale, enable_gqa=grouped)[0]  # type: ignore[no-any-return]
+    return operator(query, key, value, bias, 0.0, causal, scale=scale, enable_gqa=grouped)[0]  # type: ignore[no-any-return]
 
 
 def _xformers(

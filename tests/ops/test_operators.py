@@ -1,0 +1,314 @@
+"""Every fused operator: what it computes, its fake and its schema, over dtypes, odd sizes, strides and bad arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from accelkit.ops import OPERATORS
+
+fused = torch.ops.accelkit
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an operator, and the same in textbook formulas.
+
+    Attributes:
+        name: the operator's. arguments: those of the call. formula: the same arguments, in float64, to the results.
+        rows: only so many rows (of the leading dimension) of the results mean something; None: all.
+    """
+
+    name: str
+    arguments: Callable[[], dict[str, Any]]
+    formula: Callable[..., Any]
+    rows: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def normalised(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    result = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def residual_layer_norm(
+    x: Tensor, residual: Tensor, weight: Any, bias: Any, eps: float = 1e-5, rows: Any = None
+) -> Any:
+    return normalised(x + residual, weight, bias, eps), x + residual
+
+
+def residual_rms_norm(x: Tensor, residual: Tensor, weight: Any, eps: float = 1e-6, rows: Any = None) -> Any:
+    total = x + residual
+    result = total / (total.square().mean(-1, keepdim=True) + eps).sqrt()
+    return result if weight is None else result * weight, total
+
+
+def embedding_layer_norm(indices: Any, tables: Any, weight: Any, bias: Any, eps: float = 1e-5) -> Tensor:
+    rows = [table[index.long()] for index, table in zip(indices, tables, strict=True)]
+    return normalised(sum(rows[1:], rows[0]), weight, bias, eps)
+
+
+def linear_activation(
+    x: Tensor, weight: Tensor, bias: Any, activation: str = "none", residual: Any = None, rows: Any = None
+) -> Tensor:
+    y = x @ weight.T + (0 if bias is None else bias)
+    y = {
+        "none": lambda: y,
+        "gelu": lambda: y * (1 + torch.erf(y / math.sqrt(2))) / 2,
+        "gelu_tanh": lambda: y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2,
+        "relu": lambda: y.clamp_min(0),
+        "silu": lambda: y / (1 + torch.exp(-y)),
+    }[activation]()
+    return y if residual is None else y + residual
+
+
+def patch_embedding(image: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    height, width = weight.shape[2:]
+    patches = image.unfold(2, height, height).unfold(3, width, width)  # batch, channels, rows, columns, height, width
+    result = torch.einsum("bcrxhw,fchw->brxf", patches, weight).flatten(1, 2)
+    return result if bias is None else result + bias
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Any = None,
+    causal: bool = False,
+    scale: Any = None,
+    kind: str = "auto",
+) -> Tensor:
+    members = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(members, 2), value.repeat_interleave(members, 2)
+    scores = torch.einsum("bihd,bjhd->bhij", query, key) * (1 / math.sqrt(query.shape[3]) if scale is None else scale)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+    if causal:
+        line = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
+        scores = scores.masked_fill(~line, -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1).nan_to_num(0.0), value)
+
+
+def variable_length_attention(
+    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, causal: bool = False, scale: Any = None
+) -> Tensor:
+    result = torch.zeros_like(query)
+    for first, last in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        part = (t[None, first:last] for t in (query, key, value))
+        result[first:last] = attention(*part, causal=causal, scale=scale)[0]
+    return result
+
+
+def r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype)
+
+
+half = torch.float16
+CASES = {
+    "layer norm": Case(
+        "residual_layer_norm", lambda: {"x": r(2, 5, 9), "residual": r(2, 5, 9), "weight": r(9), "bias": r(9)}, residual_layer_norm
+    ),
+    "layer norm, fp16 beside fp32, no bias, counted rows": Case(
+        "residual_layer_norm",
+        lambda: {
+            "x": r(6, 33, dtype=half), "residual": r(6, 33), "weight": r(33, dtype=half), "bias": None, "eps": 1e-3,
+            "rows": torch.tensor([4], dtype=torch.int32),
+        },
+        residual_layer_norm,
+        4,
+    ),
+    "layer norm, transposed and sliced": Case(
+        "residual_layer_norm",
+        lambda: {"x": r(8, 6).t(), "residual": r(6, 16)[:, ::2], "weight": r(16)[::2], "bias": r(8)},
+        residual_layer_norm,
+    ),
+    "rms norm": Case(
+        "residual_rms_norm",
+        lambda: {"x": r(3, 20, dtype=half), "residual": r(3, 20, dtype=half), "weight": r(20)},
+        residual_rms_norm,
+    ),
+    "rms norm, no weight": Case(
+        "residual_rms_norm", lambda: {"x": r(20, 3).t(), "residual": r(3, 20), "weight": None, "eps": 1e-2}, residual_rms_norm
+    ),
+    "embeddings": Case(
+        "embedding_layer_norm",
+        lambda: {
+            "indices": [torch.randint(0, 30, (2, 5)), torch.arange(5), torch.zeros(2, 1, dtype=torch.int32)],
+            "tables": [r(30, 12), r(7, 12), r(2, 12)], "weight": r(12), "bias": r(12), "eps": 1e-12,
+        },
+        embedding_layer_norm,
+    ),
+    "one embedding, fp16": Case(
+        "embedding_layer_norm",
+        lambda: {"indices": [torch.randint(0, 30, (2, 3, 4))], "tables": [r(12, 30, dtype=half).t()], "weight": None, "bias": None},
+        embedding_layer_norm,
+    ),
+    **{
+        f"linear, {activation}": Case(
+            "linear_activation",
+            lambda activation=activation: {"x": r(2, 5, 24), "weight": r(10, 24), "bias": r(10), "activation": activation},
+            linear_activation,
+        )
+        for activation in ("none", "gelu", "gelu_tanh", "relu", "silu")
+    },
+    "linear, residual, no bias, strided": Case(
+        "linear_activation",
+        lambda: {
+            "x": r(6, 48, dtype=half)[:, ::2], "weight": r(24, 10, dtype=half).t(), "bias": None, "activation": "relu",
+            "residual": r(10, 6, dtype=half).t(), "rows": torch.tensor([5], dtype=torch.int32),
+        },
+        linear_activation,
+        5,
+    ),
+    "patches": Case("patch_embedding", lambda: {"image": r(2, 3, 9, 13), "weight": r(7, 3, 4, 4), "bias": r(7)}, patch_embedding),
+    "patches, oblong, channels last": Case(
+        "patch_embedding",
+        lambda: {
+            "image": r(1, 3, 12, 12, dtype=half).contiguous(memory_format=torch.channels_last),
+            "weight": r(8, 3, 2, 6, dtype=half), "bias": None,
+        },
+        patch_embedding,
+    ),
+    "attention": Case(
+        "attention", lambda: dict(zip(("query", "key", "value"), r(2, 7, 3, 2, 8).unbind(2), strict=True)), attention
+    ),
+    "attention, grouped, causal, fp16": Case(
+        "attention",
+        lambda: {
+            "query": r(1, 9, 4, 16, dtype=half), "key": r(1, 9, 2, 16, dtype=half), "value": r(1, 9, 2, 16, dtype=half),
+            "causal": True, "scale": 0.3,
+        },
+        attention,
+    ),
+    "attention, boolean key mask with an empty row": Case(
+        "attention",
+        lambda: {
+            "query": r(2, 5, 2, 8), "key": r(2, 6, 2, 8), "value": r(2, 6, 2, 8),
+            "mask": torch.tensor([[True] * 4 + [False] * 2, [False] * 6])[:, None, None, :],
+        },
+        attention,
+    ),
+    "attention, added mask of another dtype, causal, other value width": Case(
+        "attention",
+        lambda: {
+            "query": r(2, 5, 2, 8, dtype=half), "key": r(2, 6, 2, 8, dtype=half), "value": r(2, 6, 2, 4, dtype=half),
+            "mask": r(5, 6).half().float(), "causal": True,
+        },
+        attention,
+    ),
+    "sequences": Case(
+        "variable_length_attention",
+        lambda: {
+            "query": r(12, 2, 8), "key": r(12, 1, 8), "value": r(12, 1, 8),
+            "offsets": torch.tensor([0, 3, 3, 10], dtype=torch.int32), "longest": 7, "causal": True,
+        },
+        variable_length_attention,
+        10,
+    ),
+}  # fmt: skip
+on_each_case = pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    # `to` would keep no stride of what is sliced, and the strides are the point
+    def moved(tensor: Tensor) -> Tensor:
+        copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return copy.copy_(tensor)
+
+    return pytree.tree_map_only(Tensor, moved, arguments)
+
+
+def doubled(arguments: dict[str, Any]) -> dict[str, Any]:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
+
+
+def test_every_operator_has_cases() -> None:
+    assert {case.name for case in CASES.values()} == set(OPERATORS)
+
+
+@on_each_case
+def test_numbers(case: Case, device: str) -> None:
+    arguments = on(device, case.arguments())
+    results = pytree.tree_leaves(getattr(fused, case.name)(**arguments))
+    plain = pytree.tree_leaves(OPERATORS[case.name].meaning(**arguments))
+    formula = pytree.tree_leaves(case.formula(**doubled(arguments)))
+    assert len(results) == len(plain) == len(formula)
+    for result, meant, truth in zip(results, plain, formula, strict=True):
+        assert result.dtype is meant.dtype
+        assert result.is_contiguous()
+        result, meant, truth = (t[: case.rows].double() for t in (result, meant, truth))
+        floor = torch.finfo(plain[0].dtype).eps * truth.norm()
+        assert (meant - truth).norm() <= 4 * floor  # the definition means the formula
+        assert (result - truth).norm() <= 2 * (meant - truth).norm() + floor
+
+
+@on_each_case
+def test_schema_and_fake(case: Case, device: str) -> None:
+    arguments = on(device, case.arguments())
+    if "rows" in arguments:
+        arguments["rows"] = None  # rows beyond the count differ from run to run on a GPU
+    overload = getattr(fused, case.name).default
+    if case.name == "variable_length_attention":
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # reads its offsets: no symbolic trace
+    else:
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(overload, (), arguments, test_utils=tests)
+
+
+@on_each_case
+def test_refusals_are_sentences(case: Case) -> None:
+    """They are asked of fake tensors too, and never raise."""
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        arguments = pytree.tree_map_only(Tensor, mode.from_tensor, case.arguments())
+        reason = OPERATORS[case.name].refusal(**arguments)
+    assert reason is None or len(reason.split()) > 3
+
+
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_float64_stays_with_pytorch(name: str) -> None:
+    case = next(case for case in CASES.values() if case.name == name)
+    reason = OPERATORS[name].refusal(**doubled(case.arguments()))
+    assert "float" in str(reason)
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("residual_layer_norm", {"residual": r(5, 9)}, "the same sizes"),
+    ("residual_layer_norm", {"weight": r(8)}, r"weight and bias have to be \[9\]"),
+    ("residual_rms_norm", {"residual": r(1, 20)}, "the same sizes"),
+    ("residual_rms_norm", {"weight": r(20, 1)}, r"weight and bias have to be \[20\]"),
+    ("embedding_layer_norm", {"tables": [r(30, 12)]}, "each index needs a table"),
+    ("embedding_layer_norm", {"tables": [r(30, 12), r(7, 12), r(2, 13)]}, "of one width"),
+    ("embedding_layer_norm", {"bias": r(13)}, "as wide as the tables"),
+    ("linear_activation", {"activation": "softplus"}, "none, gelu, gelu_tanh, relu, silu, not 'softplus'"),
+    ("attention", {"kind": "fastest"}, "auto, triton, cudnn, flash, efficient, xformers, math, not 'fastest'"),
+    ("attention", {"query": r(7, 2, 8)}, r"takes \[batch, length, heads, width\]"),
+    ("attention", {"key": r(1, 7, 2, 8)}, "agree in batch"),
+    ("attention", {"value": r(2, 6, 2, 8)}, "key and value in length"),
+    ("attention", {"query": r(2, 7, 3, 8)}, "a multiple of the key's"),
+    ("attention", {"mask": torch.ones(2, 1, 1, 6, dtype=torch.bool)}, "does not broadcast"),
+    ("variable_length_attention", {"query": r(12, 16)}, r"takes \[rows, heads, width\]"),
+    ("variable_length_attention", {"query": r(11, 2, 8)}, "as many keys as queries"),
+    ("variable_length_attention", {"offsets": torch.tensor([0, 12])}, "an int32 vector, not torch.int64"),
+]
+
+
+@pytest.mark.parametrize(("name", "changed", "message"), BAD, ids=[f"{name}-{m}" for name, _, m in BAD])
+def test_bad_arguments(name: str, changed: dict[str, Any], message: str, device: str) -> None:
+    case = next(case for case in CASES.values() if case.name == name)
+    arguments = on(device, {**case.arguments(), **changed})
+    with pytest.raises(ValueError, match=message):
+        getattr(fused, name)(**arguments)
+    meta = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
+    with pytest.raises(ValueError, match=message):
+        OPERATORS[name].fake(**meta)
