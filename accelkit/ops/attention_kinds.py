@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from accelkit.ops.operator import without_triton
@@ -101,6 +100,10 @@ def _listed(dtypes: Any) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     return bool(statically_known_true(one == other))
 
 
