@@ -58,13 +58,9 @@ def attention(
     result = op.Reshape(attended, [0, 0, heads, widths[1]])
     if seen is None:
         return result
-    attends = op.Transpose(_rank_4(seen.attends(), mask), perm=[0, 2, 1, 3])
-    return zeros_unless(attends, result, query.dtype)
-
-
-def _rank_4(value: Any, mask: Any) -> Any:
-    missing = 4 - len(mask.shape)
-    return operators().Unsqueeze(value, list(range(missing))) if missing else value
+    missing = 4 - max(len(mask.shape), 2 if causal else 0)
+    attends = op.Unsqueeze(seen.attends(), list(range(missing))) if missing else seen.attends()
+    return zeros_unless(op.Transpose(attends, perm=[0, 2, 1, 3]), result, query.dtype)
 
 
 def _full(bias: Any, mask: Any, query: Any, key: Any) -> Any:
@@ -72,7 +68,9 @@ def _full(bias: Any, mask: Any, query: Any, key: Any) -> Any:
     op = operators()
     if mask is not None and len(mask.shape) == 4 and mask.shape[2] == query.shape[1] and mask.shape[3] == key.shape[1]:
         return bias
-    shape = op.Concat([1, 1], op.Shape(query, start=1, end=2), op.Shape(key, start=1, end=2), axis=0)
+    shape = op.Concat(
+        op.Constant(value_ints=[1, 1]), op.Shape(query, start=1, end=2), op.Shape(key, start=1, end=2), axis=0
+    )
     return op.Expand(bias, shape)
 
 

@@ -89,8 +89,11 @@ def operators() -> Any:
 
 def number(value: float, dtype: Any) -> Any:
     """A constant of an ONNX data type."""
+    import numpy as np
     import onnx_ir as ir
 
+    if dtype.name == "DOUBLE":  # from a Python number, onnx_ir goes by way of float32
+        return operators().Constant(value=ir.tensor(np.array(value, np.float64)))
     return operators().Constant(value=ir.tensor(value, dtype=dtype))
 
 

@@ -193,7 +193,8 @@ class OnnxRuntime(Backend):
     ) -> OnnxRuntimeEngine:  # fmt: skip
         weights = external_weights(model, graph)
         place = _place(provider, inputs, context)
-        session = create_session(data, weights, self, place)
+        precisions = _operators_by_type(model)
+        session = create_session(data, weights, self, place, "fp64" in precisions)
         dynamic = any(
             isinstance(size, torch.SymInt)
             for node in graph.graph.find_nodes(op="placeholder")
@@ -213,7 +214,7 @@ class OnnxRuntime(Backend):
         facts = EngineFacts(
             backend=self.name,
             versions=self.versions(),
-            precisions=_operators_by_type(model),
+            precisions=precisions,
             memory_bytes=sum(w.nbytes for w in weights.values())
             + sum(len(i.raw_data) for i in model.graph.initializer),
             notes=tuple(notes),

@@ -26,6 +26,8 @@ LEVELS = {
 _WRONG_FUSIONS = ("Pad_Fusion",)
 """ONNX Runtime's own rewrites that change results: Pad_Fusion puts a Pad with zeros into a MaxPool, whose padding is minus
 infinity (seen with 1.30 and 1.31)."""
+_WRONG_IN_FLOAT64 = ("MatMulScaleFusion",)
+"""Those that do so in float64: MatMulScaleFusion rounds a product's factor to float32."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,10 @@ class Place:
     stream: Any = None
 
 
-def create_session(data: bytes, weights: Mapping[str, torch.Tensor], backend: OnnxRuntime, place: Place) -> Any:
-    """An InferenceSession of the model `data`; it has its own copies of the weights.
+def create_session(
+    data: bytes, weights: Mapping[str, torch.Tensor], backend: OnnxRuntime, place: Place, float64: bool = False
+) -> Any:
+    """An InferenceSession of the model `data`; it has its own copies of the weights. `float64`: whether it computes in that.
 
     Raises:
         LoweringError: ONNX Runtime refuses the model.
@@ -72,8 +76,9 @@ def create_session(data: bytes, weights: Mapping[str, torch.Tensor], backend: On
     try:
         onnxruntime.set_default_logger_severity(3)  # fusions report on the default logger, not on the session's
         session = onnxruntime.InferenceSession(
-            data, options, providers=_providers(backend, place), disabled_optimizers=list(_WRONG_FUSIONS)
-        )
+            data, options, providers=_providers(backend, place),
+            disabled_optimizers=[*_WRONG_FUSIONS, *(_WRONG_IN_FLOAT64 if float64 else ())],
+        )  # fmt: skip
     except Exception as error:
         raise LoweringError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
     finally:
