@@ -58,7 +58,7 @@ def default(length: int, keys: int, width: int, dtype: torch.dtype, causal: bool
         return AttentionConfig("one_pass", 64, 0, 4, 1)
     if length <= 64:
         return AttentionConfig("pointers", 64, 64, 4, 3)
-    return AttentionConfig("pointers", 128, 64, 4, 3)
+    return AttentionConfig("descriptors", 128, 64, 4, 3)
 
 
 def candidates(
