@@ -48,10 +48,14 @@ def meaning(
 def check(x: Tensor, residual: Tensor, *vectors: Tensor | None) -> None:
     """Raise ValueError where the residual is not x's size or a vector not its width; symbolic sizes are taken on trust."""
     if x.dim() == 0 or x.dim() != residual.dim() or any(map(differ, x.shape, residual.shape)):
-        raise ValueError(f"x {list(x.shape)} and residual {list(residual.shape)} have to have the same sizes, [..., width]")
+        raise ValueError(
+            f"x {list(x.shape)} and residual {list(residual.shape)} have to have the same sizes, [..., width]"
+        )
     for vector in vectors:
         if vector is not None and (vector.dim() != 1 or differ(vector.shape[0], x.shape[-1])):
-            raise ValueError(f"weight and bias have to be [{x.shape[-1]}] beside x {list(x.shape)}, not {list(vector.shape)}")
+            raise ValueError(
+                f"weight and bias have to be [{x.shape[-1]}] beside x {list(x.shape)}, not {list(vector.shape)}"
+            )
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
