@@ -13,10 +13,12 @@ from __future__ import annotations
 from accelkit.ops import (
     attention,
     embedding_layer_norm,
+    folded_linear,
     linear_activation,
     patch_embedding,
     residual_layer_norm,
     residual_rms_norm,
+    row_moments,
     variable_length_attention,
 )
 from accelkit.ops.operator import OPERATORS, Operator, operator_of
@@ -26,10 +28,12 @@ __all__ = [
     "Operator",
     "attention",
     "embedding_layer_norm",
+    "folded_linear",
     "linear_activation",
     "operator_of",
     "patch_embedding",
     "residual_layer_norm",
     "residual_rms_norm",
+    "row_moments",
     "variable_length_attention",
 ]

@@ -18,7 +18,7 @@ from torch import fx
 OPERATORS: dict[str, Operator] = {}
 """Every fused operator by its short name (`attention`)."""
 
-_LIBRARY = torch.library.Library("accelkit", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("accelkit", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)

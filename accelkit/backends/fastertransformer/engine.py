@@ -22,6 +22,7 @@ from accelkit.backend_api import CompileContext, Engine, EngineFacts
 from accelkit.backends.eager import own_memory, shared_outputs
 from accelkit.backends.fastertransformer import facts
 from accelkit.backends.fastertransformer.batches import Padding, Shapes, batch_of, examples_of, shapes_of
+from accelkit.backends.fastertransformer.choice import choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
 from accelkit.backends.fastertransformer.prepare import prepare
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
@@ -39,13 +40,17 @@ class FasterTransformerEngine(Engine):
         self, backend: FasterTransformer, graph: fx.GraphModule, inputs: Sequence[Tensor], context: CompileContext
     ) -> None:
         self._backend = backend
-        self._graph = prepare(graph, inputs, context)
-        self._forward = self._graph.forward
-        self._laid_out = graphs.laid_out(self._graph)
-        self._copied = shared_outputs(self._graph)
         self._devices = tuple(i.device for i in inputs)
         self._device = next((d for d in self._devices if d.type == "cuda"), torch.device("cpu"))
         self._tf32 = context.precision.name == "tf32" and self._device.type == "cuda"
+        prepared = prepare(graph, inputs, context)
+        context.progress("choosing kernels")
+        examples = graphs.laid_out(prepared)([i.detach() for i in inputs])
+        self._choice = choose(prepared, examples, backend.warmup, self._device, self._arithmetic)
+        self._graph = self._choice.graph
+        self._forward = self._graph.forward
+        self._laid_out = graphs.laid_out(self._graph)
+        self._copied = shared_outputs(self._graph)
         self._recordings: dict[Shapes, Recording] = {}
         self._padding: Padding | None = None
         self._refusals: list[str] = []
@@ -90,6 +95,8 @@ class FasterTransformerEngine(Engine):
 
     def describe(self) -> EngineFacts:
         notes = [*facts.operator_notes(self._graph, self._device)]
+        if (chosen := self._choice.note()) is not None:
+            notes.append(chosen)
         if self._recordings:
             count = len(self._recordings)
             notes.append(

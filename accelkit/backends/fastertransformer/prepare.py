@@ -24,13 +24,18 @@ Step = Callable[[fx.GraphModule, Sequence[torch.Tensor], CompileContext], None]
 
 def prepare(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> fx.GraphModule:
     """A copy of the graph, its nodes rewritten for the device that `inputs` (examples) are on; tensors are shared."""
-    own = fx.GraphModule(graph, copy.deepcopy(graph.graph), type(graph).__name__)
+    own = own_copy(graph)
     if any(i.is_cuda for i in inputs):
         for step in STEPS:
             step(own, inputs, context)
         own.graph.lint()
         own.recompile()
     return own
+
+
+def own_copy(graph: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose nodes can be rewritten; tensors are shared."""
+    return fx.GraphModule(graph, copy.deepcopy(graph.graph), type(graph).__name__)
 
 
 def plain_linears(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> None:
