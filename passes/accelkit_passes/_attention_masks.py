@@ -1,12 +1,12 @@
 """What is added to attention's scores, or takes keys out of them, in its simplest form.
 
-    and(index(key_mask)[B, 1, 1, S], ones[1, 1, L, 1])  ->  keep index(key_mask)          broadcast, no expanded copy
+    and(key_mask[:, None, None, :], ones[1, 1, L, 1])   ->  keep key_mask[:, None, None, :]   no expanded copy
     where(m, 0, -3.4e38), masked_fill(0, ~m, -inf)      ->  keep m
     where(m, bias, -3.4e38)                             ->  keep m, add bias
     (1 - m) * -10000                                    ->  keep m                        where m is boolean
     a constant: all True, or all 0                      ->  nothing
     a constant: lower triangular, static sizes          ->  causal
-    expand(m)                                           ->  m
+    expand(m), index(m, [arange, arange])               ->  m                             a view
 
 A term is a node with the views that bring it to the scores. A number of -10000 or less counts as "no": exp(-10000) is 0
 in every dtype, so that a query that may attend to any key at all gets the same result. A query that may attend to none
@@ -17,6 +17,7 @@ accelkit.attention's boolean mask: models do not use these rows, and 0 spoils no
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,8 @@ from torch import fx
 from accelkit.graph import bound_arguments, val
 from accelkit.pass_api import Refused
 from accelkit_passes._attention_editor import Editor
+from accelkit_passes._attention_gather import gathered
 from accelkit_passes._attention_layout import Layout, Opaque, moved, source_of, whole
-from accelkit_passes._proofs import proved
 
 aten = torch.ops.aten
 
@@ -120,12 +121,18 @@ class Simplifier:
 
     # --- parts
 
+    def _gather(self, node: fx.Node, layout: Layout) -> Layout:
+        return gathered(node, layout, self.editor)
+
     def _parts(self, term: Term) -> list[Term]:
         source = source_of(term.node)
-        if source is not None and source not in self.editor.written and _is_view(term.node):
+        if source is not None and source not in self.editor.written and _is_view(term.node, source, moved):
             view = functools.partial(moved, term.node)
             return self._parts(replace(term, node=source, views=(view, *term.views)))
         bound = bound_arguments(term.node) or {}
+        if term.node.target is aten.index.Tensor and _is_view(term.node, bound["self"], self._gather):
+            view = functools.partial(self._gather, term.node)
+            return self._parts(replace(term, node=bound["self"], views=(view, *term.views)))
         parts = self._added(term, bound) if term.keeps is None else self._kept(term, bound)
         return [term] if parts is None else [p for part in parts for p in self._parts(part)]
 
@@ -138,6 +145,8 @@ class Simplifier:
             return [term.part(bound["self"]), term.part(bound["other"])]
         if self._filled_with(term.node) == float(bool(term.keeps)):
             return []
+        if target is aten.to.dtype and (flag := _flag(term.node)) is not None:
+            return [replace(term, node=flag[0], keeps=term.keeps is flag[1])]
         return None
 
     def _added(self, term: Term, bound: dict[str, Any]) -> list[Term] | None:
@@ -157,7 +166,7 @@ class Simplifier:
 
     def _scaled(self, term: Term, node: fx.Node, number: float) -> list[Term] | None:
         if number * term.factor <= EXCLUDES and (flag := _flag(node)) is not None:
-            return [replace(term.part(flag[0]), keeps=not flag[1], factor=1.0)]
+            return [replace(term, node=flag[0], keeps=not flag[1], factor=1.0)]
         return [replace(term, node=node, factor=term.factor * number)]
 
     def _chosen(self, term: Term, bound: dict[str, Any]) -> list[Term] | None:
@@ -172,7 +181,9 @@ class Simplifier:
             return None
         parts = [replace(term.part(condition), keeps=keeps, factor=1.0)]
         if isinstance(other, fx.Node):
-            parts.append(term.part(other))
+            # masked_fill(x, x.to(bool), -inf): what is not filled is 0
+            zero_elsewhere = not keeps and condition.target is aten.to.dtype and condition.args[0] is other
+            parts += [] if zero_elsewhere else [term.part(other)]
         elif other != 0:
             return None
         return parts
@@ -210,18 +221,16 @@ class Simplifier:
         return str(self.seen[key])
 
 
-def _is_view(node: fx.Node) -> bool:
+def _is_view(node: fx.Node, source: fx.Node, view: Callable[[fx.Node, Layout], Layout]) -> bool:
     try:
-        source = source_of(node)
-        assert source is not None
-        moved(node, whole(source))
+        view(node, whole(source))
     except Opaque:
         return False
     return True
 
 
 def _flag(node: fx.Node) -> tuple[fx.Node, bool] | None:
-    """The boolean tensor that a tensor of zeros and ones is made of, and whether True became 1."""
+    """The boolean tensor of the same shape that a tensor of zeros and ones is made of, and whether True became 1."""
     bound = bound_arguments(node) or {}
     if node.target is aten.to.dtype:
         inner = bound["self"]
@@ -245,11 +254,11 @@ def _kind(term: Term, constant: torch.Tensor, layout: Layout) -> str:
         if bool(kept.all()):
             return "nothing"
     queries, keys = layout.shape[-2:]
-    single = all(proved(size == 1) for size in layout.shape[:-2])
-    if not single or not layout.in_order or layout.fixed or kept.numel() != queries * keys:
+    if not layout.in_order or not all(type(size) is int for size in layout.shape) or math.prod(layout.shape) == 0:
         return "other"
     triangle = torch.ones(queries, keys, dtype=torch.bool, device=kept.device).tril()
-    return "causal" if torch.equal(kept.reshape(queries, keys), triangle) else "other"
+    same = kept.numel() == math.prod(layout.shape) and bool((kept.reshape(-1, queries, keys) == triangle).all())
+    return "causal" if same else "other"
 
 
 # --- one tensor of all that is left

@@ -97,13 +97,15 @@ class Scores:
             return bound["self"]  # type: ignore[no-any-return]  # one number more for every key: softmax is the same
         if target in (aten.mul.Tensor, aten.div.Tensor):
             raise Refused(f"the scores are scaled by a tensor ({node.name}), not by one number")
-        raise Refused(f"the scores come from {node.name} ({target}), not from a product of queries and keys")
+        raise _no_product(node)
 
     def _sum(self, node: fx.Node, bound: dict[str, Any]) -> fx.Node:
         first: fx.Node = bound["self"]
         second: fx.Node = bound["other"]
         sign = float(bound["alpha"]) * (1 if node.target is aten.add.Tensor else -1)
-        if not _leads_to_product(first) and sign == 1.0:
+        if not _leads_to_product(first):
+            if sign != 1.0 or not _leads_to_product(second):
+                raise _no_product(node)
             first, second = second, first
         if not same_sizes(val(first).shape, val(node).shape):
             raise Refused(f"the scores are broadcast by {node.name}")
@@ -124,6 +126,10 @@ class Scores:
         views = (broadcast_to(val(node).shape), *self.views)
         self.terms.append(Term(condition, views, keeps))
         return scores
+
+
+def _no_product(node: fx.Node) -> Refused:
+    return Refused(f"the scores come from {node.name} ({node.target}), not from a product of queries and keys")
 
 
 _ON_SCORES = (

@@ -161,8 +161,7 @@ def _merge(layers: Sequence[_Layer], first: fx.Node, editor: Editor) -> int:
             w.new_zeros(len(w)) if b is None else b for b, w in zip(biases, (y.weight for y in layers), strict=True)
         ]
         bias, bias_bytes = _joined(filled)
-        name = layers[0].name.removesuffix("weight")
-        arguments.append(editor.buffer(f"{name}bias_merged", bias, first))
+        arguments.append(editor.buffer(f"{layers[0].name}_bias_merged", bias, first))
     merged = editor.call(aten.linear.default, tuple(arguments), first)
     dim, start = val(merged).dim() - 1, 0
     for position, layer in enumerate(layers):
