@@ -22,6 +22,7 @@ from accelkit.errors import BackendUnavailableError, InputError, LoweringError
 from accelkit.onnx_export import export_onnx, external_weights
 from accelkit.onnx_microsoft import MICROSOFT
 from accelkit.onnx_peepholes import CPU_TYPES, CUDA_TYPES, for_onnxruntime
+from accelkit.onnx_split import split_linears
 from accelkit.onnx_translations import DIALECTS
 from accelkit.pass_runner import run_onnx_passes
 
@@ -137,7 +138,7 @@ class OnnxRuntime(Backend):
         return None
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
-        provider = self._provider(graph)
+        provider, graph = self._provider(graph), split_linears(graph)
         context.progress("exporting to ONNX")
         try:
             model = export_onnx(graph, opset=self.opset, dialect=self.dialect)
@@ -159,7 +160,7 @@ class OnnxRuntime(Backend):
     def load(
         self, blobs: Mapping[str, bytes], graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
     ) -> Engine:
-        provider = self._provider(graph)
+        provider, graph = self._provider(graph), split_linears(graph)
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
