@@ -8,6 +8,7 @@ is tuned inside a call.
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -24,3 +25,13 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
 def dense_last(tensor: Tensor) -> Tensor:
     """The tensor, or a contiguous copy of it where its last dimension does not lie densely."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def dependent_launch(tensor: Tensor) -> bool:
+    """Whether a kernel's launch can overlap with the end of the one before it on this tensor's device (Hopper and later)."""
+    return tensor.is_cuda and _capability(tensor.device)[0] >= 9
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels import dense_last, on_device_of
+from accelkit.kernels import dense_last, dependent_launch, on_device_of
 from accelkit.kernels.attention_kernels import dense_kernel, variable_length_kernel
 from accelkit.kernels.attention_one_pass import one_pass_kernel
 
@@ -54,11 +54,11 @@ def default(length: int, keys: int, width: int, dtype: torch.dtype, causal: bool
         return AttentionConfig("pointers", 64, 32, 4, 2)
     if block_d > 64:
         return AttentionConfig("pointers", 128 if length > 64 else 64, 64, 8 if length > 64 else 4, 2)
-    if keys <= LONGEST_ONE_PASS and not causal:
+    if keys <= 128 and not causal:
         return AttentionConfig("one_pass", 64, 0, 4, 1)
     if length <= 64:
         return AttentionConfig("pointers", 64, 64, 4, 3)
-    return AttentionConfig("descriptors", 128, 64, 4, 3)
+    return AttentionConfig("descriptors", 64, 64, 4, 2 if keys <= LONGEST_ONE_PASS else 3)
 
 
 def candidates(
@@ -113,7 +113,7 @@ def attention(
         return out.zero_()
     query, scale = _positive(query, scale)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
-    config = config or default(length, keys, width, query.dtype, causal)
+    config = config or default(length, keys, width, query.dtype, causal)._replace(pdl=dependent_launch(query))
     kind, mask = _prepared(mask, query, keys)
     shared: dict[str, Any] = {
         "BLOCK_M": config.block_m,
@@ -177,7 +177,7 @@ def variable_length_attention(
         return out
     query, scale = _positive(query, scale)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
-    config = config or variable_length_default(longest, width, query.dtype)
+    config = config or variable_length_default(longest, width, query.dtype)._replace(pdl=dependent_launch(query))
     with on_device_of(query):
         variable_length_kernel[(triton.cdiv(longest, config.block_m), heads, sequences)](
             query, key, value, offsets, out, heads, heads // key.shape[1], scale * math.log2(math.e),

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from accelkit.kernels import dense_last, on_device_of
+from accelkit.kernels import dense_last, dependent_launch, on_device_of
 from accelkit.kernels.norms_kernels import embedding_kernel, norm_kernel, wide_norm_kernel
 
 WIDEST_BLOCK = 8192
@@ -189,7 +189,7 @@ def _normalise(
     x = _as_rows(x, width)
     residual = None if residual is None else _as_rows(residual, width)
     row_count = x.shape[0]
-    config = config or default(row_count, width)
+    config = config or default(row_count, width)._replace(pdl=dependent_launch(x))
     wide = width > WIDEST_BLOCK
     with on_device_of(x):
         (wide_norm_kernel if wide else norm_kernel)[(row_count if wide else triton.cdiv(row_count, config.rows),)](

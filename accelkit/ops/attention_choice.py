@@ -2,9 +2,9 @@
 
     (dtype, sizes, mask, causal) -> one of accelkit.ops.attention.KINDS but "auto"
 
-The rules come from measurements on one H200 (CUDA-graph replays, fp16, heads 64 wide): without a mask cuDNN leads flash
-by 1.3 to 1.5 times and the efficient kernel by 1.8 to 3.2. With a mask, PyTorch's kernels want it written out for every head
-and query; the Triton kernel reads it as it broadcasts.
+The rules come from measurements on one H200 (CUDA-graph replays, fp16, heads 64 wide): without a mask the Triton kernel leads
+cuDNN from 196 keys on, cuDNN leads at 128, both lead flash and the efficient kernel. With a mask, PyTorch's kernels want it
+written out for every head and query; the Triton kernel reads it as it broadcasts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TUNED: dict[ShapeKey, str] = {}
 def chosen_kind(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> str:
     """The kind to run; "math" where no fused kernel takes the operands (PyTorch then picks for itself)."""
     tuned = TUNED.get(shape_key(query, key, value, mask, causal)) if TUNED else None
-    for kind in (tuned, *_by_rule(query, mask)):
+    for kind in (tuned, *_by_rule(query, key, mask)):
         if kind is not None and refusal_of(kind, query, key, value, mask, causal) is None:
             return kind
     return "math"
@@ -43,7 +43,9 @@ def mask_form(mask: Tensor | None) -> str:
     return f"{kind} by {'key' if by_key else 'query and key'}"
 
 
-def _by_rule(query: Tensor, mask: Tensor | None) -> tuple[str, ...]:
+def _by_rule(query: Tensor, key: Tensor, mask: Tensor | None) -> tuple[str, ...]:
     if query.dtype is torch.float32:
         return ("efficient", "triton")
-    return ("cudnn", "triton", "flash", "efficient") if mask is None else ("triton", "efficient")
+    if mask is not None:
+        return ("triton", "efficient")
+    return ("triton", "cudnn", "flash", "efficient") if key.shape[1] > 128 else ("cudnn", "triton", "flash", "efficient")
