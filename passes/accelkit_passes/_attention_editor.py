@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from accelkit import graph as graphs
-from accelkit.graph import inferred, is_pure, is_size, val
+from accelkit.graph import inferred, is_pure, is_size, memory_family, val
 from accelkit.pass_api import Refused
 from accelkit_passes._attention_layout import Layout, layout_of, source_of
 from accelkit_passes._attention_views import Step, steps
@@ -21,13 +21,20 @@ aten = torch.ops.aten
 
 
 class Editor:
-    """Adds nodes to one graph, and takes away those that nothing reads any more."""
+    """Adds nodes to one graph, and takes away those that nothing reads any more.
+
+    Attributes:
+        live: the nodes that an output or an effect depends on.
+        written: the nodes whose memory the graph may write to.
+    """
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.graph = graph
         self.live = _live(graph)
         self.created: list[fx.Node] = []
-        self.written = frozenset[fx.Node]().union(*written_memory(graph).values())
+        written = frozenset[fx.Node]().union(*written_memory(graph).values())
+        nodes = graph.graph.nodes if written else ()
+        self.written = frozenset(node for node in nodes if not written.isdisjoint(memory_family(node)))
         self.mode = next(
             v.fake_mode for n in graph.graph.nodes if isinstance(v := val(n), torch._subclasses.FakeTensor)
         )

@@ -86,6 +86,8 @@ def _layer(linear: fx.Node, editor: Editor) -> _Layer:
         Refused: they are not this layer's alone, or its result is an output.
     """
     bound = bound_arguments(linear) or {}
+    if bound["input"] in editor.written:
+        raise Refused(f"its input ({bound['input'].name}) is written to, perhaps before the next one reads it")
     weights: list[torch.Tensor | None] = []
     for name in ("weight", "bias"):
         if bound[name] is None:

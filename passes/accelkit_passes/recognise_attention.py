@@ -15,7 +15,7 @@ heads of keys and values that are repeated for several heads of queries (grouped
 way (see _attention_masks, which also says what becomes of queries that may attend to no key).
 
 Not fused, with the reason: dropout that is on, attention weights or scores that something else reads, a softmax over
-another dimension, scores that are scaled by a tensor, operands of several dtypes.
+another dimension, scores that are scaled by a tensor, operands of several dtypes, or that the graph writes to.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ def _fuse(found: Found, editor: Editor, masks: Simplifier) -> fx.Node:
     query = _four(found.query, batch, heads, "queries")
     key, value = _ungrouped(_four(found.key, batch, heads, "keys"), _four(found.value, batch, heads, "values"))
     simple = masks.simplified(found.terms)
+    for root in (query.root, key.root, value.root, *(term.node for term in found.terms)):
+        if root in editor.written:  # it may be written to between the two products
+            raise Refused(f"the graph writes to {root.name}")
     scores = [*query.shape[:3], key.shape[2]]
     mask = emit(simple, scores, val(query.root).dtype, editor, node)
     operands = [editor.emit(layout.permuted((0, 2, 1, 3)), node) for layout in (query, key, value)]

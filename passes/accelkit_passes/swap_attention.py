@@ -63,9 +63,10 @@ class SwapAttention(GraphPass):
             return None
         query, key, value = (_fake(bound[name]) for name in ("query", "key", "value"))
         mask = None if bound["mask"] is None else _fake(bound["mask"])
-        if self.kind != "math" and query.device.type != "cuda":
-            return f"{self.kind} attention runs on an NVIDIA GPU, and the model is on {query.device}"
-        return attention_kinds.refusal_of(self.kind, query, key, value, mask, bool(bound["causal"]))
+        reason = attention_kinds.refusal_of(self.kind, query, key, value, mask, bool(bound["causal"]))
+        if reason is None and self.kind != "math" and query.device.type != "cuda":
+            return f"{self.kind} attention runs on an NVIDIA GPU, and the model is on the {query.device}"
+        return reason
 
 
 def _fake(node: object) -> torch.Tensor:

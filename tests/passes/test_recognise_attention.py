@@ -183,6 +183,15 @@ def test_an_output_keeps_its_layout() -> None:
     assert run(graph, q, k, v)[0].stride() == strides
 
 
+def test_memory_that_is_written_to() -> None:
+    def write(self, q, k, v):
+        y = (q @ k.mT).softmax(-1)
+        q.add_(1)
+        return y @ v
+
+    assert "the graph writes to q" in reasons(PASS, graph_of(write, *operands()))
+
+
 def test_other_ranks() -> None:
     for lead in ((), (3,), (2, 3, 4)):
         q, k, v = operands(*lead, LENGTH, HEAD)
