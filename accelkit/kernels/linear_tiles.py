@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from accelkit.kernels import dependent_launch
 
 
 @triton.jit
@@ -37,8 +40,11 @@ def linear_tiles_kernel(
     x_ptr, w_ptr, out_ptr, bias_ptr, residual_ptr, rows_ptr, M, N, K, x_stride, w_stride, out_stride, residual_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -63,7 +69,7 @@ def linear_tiles_kernel(
         else:
             x = tl.load(x_ptrs, mask=k[None, :] < K - start, other=0.0)
             w = tl.load(w_ptrs, mask=k[:, None] < K - start, other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     if HAS_BIAS:
@@ -71,9 +77,9 @@ def linear_tiles_kernel(
     acc = activate(acc, ACTIVATION)
     inside = (m < M)[:, None] & (n < N)[None, :]
     if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + m.to(tl.int64)[:, None] * residual_stride + n[None, :], mask=inside, other=0.0).to(
-            tl.float32
-        )
+        acc += tl.load(
+            residual_ptr + m.to(tl.int64)[:, None] * residual_stride + n[None, :], mask=inside, other=0.0
+        ).to(tl.float32)
     tl.store(out_ptr + m.to(tl.int64)[:, None] * out_stride + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -93,12 +99,13 @@ def linear(
     n = weight.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = tile
+    pdl = dependent_launch(x)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     linear_tiles_kernel[grid](
         x, weight, out, bias if bias is not None else x, residual if residual is not None else x,
         rows if rows is not None else x, m, n, k, x.stride(0), weight.stride(0), out.stride(0),
         residual.stride(0) if residual is not None else 0, block_m, block_n, block_k, 8, k % block_k == 0,
         rows is not None, bias is not None, residual is not None, activation,
-        "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee", num_warps=warps, num_stages=stages,
+        pdl, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out

@@ -24,7 +24,12 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 @pytest.mark.parametrize(("activation", "dtype"), itertools.product(ACTIVATIONS, LOW))
 def test_linear_activation(activation: str, dtype: torch.dtype) -> None:
-    x, w, b, r = randn(2, 5, 24, dtype=dtype), randn(7, 24, dtype=dtype), randn(7, dtype=dtype), randn(2, 5, 7, dtype=dtype)
+    x, w, b, r = (
+        randn(2, 5, 24, dtype=dtype),
+        randn(7, 24, dtype=dtype),
+        randn(7, dtype=dtype),
+        randn(2, 5, 7, dtype=dtype),
+    )
     truth = ACTIVATIONS[activation](F.linear(x.double(), w.double(), b.double())) + r.double()
     assert relative_error(ops.linear_activation(x, w, b, activation, r), truth) < LOW[dtype]
     opcheck(ops.linear_activation.default, (x, w, b, activation, r))

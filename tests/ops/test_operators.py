@@ -87,6 +87,12 @@ def folded_linear(
     return y, torch.stack([groups.mean(-1), groups.var(-1, correction=0) * 64], -1)
 
 
+def linear_residual_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> Any:
+    return residual_layer_norm(x @ weight.T + bias, residual, norm_weight, norm_bias, eps)
+
+
 def row_moments(statistics: Tensor, eps: float) -> Tensor:
     # rows with these statistics: 32 columns of each group one deviation above its mean, 32 one below
     deviation = (statistics[..., 1:] / 64).sqrt()
@@ -206,6 +212,14 @@ CASES = {
         "folded_linear",
         lambda: {"x": r(5, 24, dtype=half), "weight": r(16, 24, dtype=half), "bias": None, "residual": r(5, 16, dtype=half)},
         folded_linear,
+    ),
+    "linear and layer norm": Case(
+        "linear_residual_layer_norm",
+        lambda: {
+            "x": r(2, 5, 24, dtype=half), "weight": r(16, 24, dtype=half), "bias": r(16, dtype=half),
+            "residual": r(2, 5, 16, dtype=half), "norm_weight": r(16), "norm_bias": r(16, dtype=half), "eps": 1e-3,
+        },
+        linear_residual_layer_norm,
     ),
     "row moments": Case("row_moments", lambda: {"statistics": r(2, 5, 3, 2).abs(), "eps": 1e-3}, row_moments),
     "patches": Case("patch_embedding", lambda: {"image": r(2, 3, 9, 13), "weight": r(7, 3, 4, 4), "bias": r(7)}, patch_embedding),

@@ -1,12 +1,14 @@
 """Which form of a graph runs: recorded side by side, replayed in turns, the fastest is kept.
 
-    as the passes left it  |  with layer norms folded into linear layers (fold_layer_norm)
+    as the passes left it  |  layer norms folded into linear layers (fold_layer_norm)  |  linear layers split (split_linear)
 
-No rule says where folding pays: it depends on rows, widths and the GPU.
+No rule says where they pay: it depends on rows, widths and the GPU. Folding wants many rows, splitting few; between the two
+limits below all forms are measured.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,14 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from accelkit import graph as graphs
 from accelkit.backends.fastertransformer.fold_layer_norm import fold_layer_norms
 from accelkit.backends.fastertransformer.obstacles import NotRecordable
 from accelkit.backends.fastertransformer.prepare import own_copy, why_no_kernel
 from accelkit.backends.fastertransformer.recording import Recorder, call_ms
+from accelkit.backends.fastertransformer.split_linear import split_linears
 from accelkit.ops import operator_of
 
 PLAIN = "as fused by the passes"
 FOLDED = "layer norms folded into linear layers"
+SPLIT = "linear layers split between programs"
+_FOLDED_FROM, _SPLIT_TO = 1024, 4096  # rows
 _ROUNDS = 9
 
 
@@ -53,16 +59,36 @@ def choose(
     device: torch.device,
     arithmetic: Callable[[], AbstractContextManager[None]],
 ) -> Choice:
-    """The fastest form of a prepared graph for these inputs; measures on a GPU where there are two."""
-    folded = own_copy(graph)
-    if device.type != "cuda" or not fold_layer_norms(folded) or _without_kernel(folded):
+    """The fastest form of a prepared graph for these inputs; measures on a GPU where there are several."""
+    forms = {PLAIN: graph}
+    rows = _rows(graph) if device.type == "cuda" else 0
+    for name, rewrite, wanted in (
+        (FOLDED, fold_layer_norms, rows >= _FOLDED_FROM),
+        (SPLIT, split_linears, 0 < rows <= _SPLIT_TO),
+    ):
+        form = own_copy(graph) if wanted else graph
+        if not wanted or not rewrite(form) or _without_kernel(form):
+            continue
+        form.graph.lint()
+        form.recompile()
+        forms[name] = form
+    if len(forms) == 1:
         return Choice(graph, PLAIN, {})
-    folded.graph.lint()
-    folded.recompile()
-    forms = {PLAIN: graph, FOLDED: folded}
     times = _measure(forms, inputs, warmup, device, arithmetic)
     name = min(times, key=lambda n: times[n]) if times else PLAIN
     return Choice(forms[name], name, times)
+
+
+def _rows(graph: fx.GraphModule) -> int:
+    """Of the linear layers before residual norms: the most, by the examples' sizes."""
+    norms = [n for n in graph.graph.nodes if (o := operator_of(n)) is not None and o.name == "residual_layer_norm"]
+    sizes = [math.prod(size_hint(size) for size in graphs.val(n.args[0]).shape[:-1]) for n in norms]
+    return max(sizes, default=0)
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """A size, or what it was in the example."""
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _without_kernel(graph: fx.GraphModule) -> bool:
