@@ -159,7 +159,7 @@ def _fits(index: Any, words: Any, alone: bool) -> bool:
 def _int32(index: Any) -> Any:
     import onnx_ir as ir
 
-    row = operators().Unsqueeze(index, [0]) if len(index.shape) == 1 else index
+    row = operators().Reshape(index, [1, -1]) if len(index.shape) == 1 else index
     return standard.cast(row, index.dtype, ir.DataType.INT32)
 
 

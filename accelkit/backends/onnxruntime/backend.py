@@ -8,7 +8,7 @@ import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
@@ -195,7 +195,7 @@ class OnnxRuntime(Backend):
         weights = external_weights(model, graph)
         place = _place(provider, inputs, context)
         precisions = _operators_by_type(model)
-        session = create_session(data, weights, self, place, "fp64" in precisions)
+        session, uncaptured = self._session(data, weights, place, "fp64" in precisions, graph, inputs)
         dynamic = any(
             isinstance(size, torch.SymInt)
             for node in graph.graph.find_nodes(op="placeholder")
@@ -206,11 +206,7 @@ class OnnxRuntime(Backend):
             f"{len(model.graph.node)} ONNX operators before ONNX Runtime's own fusions",
             "weights are copied or prepacked when the session is created",
         ]
-        uncaptured: str | None = None
-        if provider == "cuda" and self.cuda_graph:
-            from accelkit.backends.onnxruntime.cuda import why_not_captured
-
-            uncaptured = why_not_captured(graph, inputs)
+        if self.cuda_graph and provider == "cuda":
             notes.append(f"no CUDA graph: {uncaptured}" if uncaptured else "the example's shapes run as one CUDA graph")
         facts = EngineFacts(
             backend=self.name,
@@ -226,6 +222,24 @@ class OnnxRuntime(Backend):
 
         captured = inputs if self.cuda_graph and uncaptured is None else None
         return CudaEngine(session, data, facts, dynamic, graph, place.stream, captured)
+
+    def _session(
+        self, data: bytes, weights: Mapping[str, torch.Tensor], place: Place, float64: bool, graph: fx.GraphModule,
+        inputs: Sequence[torch.Tensor],
+    ) -> tuple[Any, str | None]:  # fmt: skip
+        """The session, and why it cannot be captured in a CUDA graph (None where nobody asked, or it can)."""
+        plain = replace(self, cuda_graph=False)
+        if place.provider == "cpu" or not self.cuda_graph:
+            return create_session(data, weights, plain, place, float64), None
+        from accelkit.backends.onnxruntime.cuda import why_not_captured
+
+        why = why_not_captured(graph, inputs)
+        if why is None:
+            try:
+                return create_session(data, weights, self, place, float64), None
+            except LoweringError as error:  # an operator without a CUDA kernel, for one
+                why = str(error)
+        return create_session(data, weights, plain, place, float64), why
 
     def _naming_culprits(self, graph: fx.GraphModule, error: LoweringError, provider: str) -> LoweringError:
         """The same error with the operators that fail alone: they can run in PyTorch."""
