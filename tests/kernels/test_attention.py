@@ -28,7 +28,8 @@ def close(query: Tensor, key: Tensor, value: Tensor, config: Any = None, **optio
     truth = operator.meaning(query.double(), key.double(), value.double(), mask, **options)
     assert kernel.dtype is query.dtype
     assert kernel.is_contiguous()
-    floor = torch.finfo(query.dtype).eps / 4 * truth.norm()
+    # float32 products are three of tf32's: a few more roundings than one, where 16-bit results hide that
+    floor = torch.finfo(query.dtype).eps * (4 if query.dtype is torch.float32 else 0.25) * truth.norm()
     assert (kernel.double() - truth).norm() <= 2 * (plain.double() - truth).norm() + floor
 
 
