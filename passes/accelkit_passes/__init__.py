@@ -25,6 +25,9 @@ DEFAULT: tuple[str, ...] = (
     "fold_constants",  # casts of weights included
     "eliminate_common_subexpressions",
     # fused operators: in the precision's dtypes, and where no constant or duplicate stands between their parts
+    "recognise_attention",
+    "reorder_rows",  # after recognise_attention, which leaves it the permutations around linear layers
+    "merge_qkv",
     "fuse_embedding_layer_norm",  # before the residual norms: its sums are theirs where it refuses
     "fuse_patch_embedding",
     "fuse_residual_layer_norm",
