@@ -16,10 +16,13 @@ from accelkit.ops import (
     folded_linear,
     linear_activation,
     linear_residual_layer_norm,
+    pack_rows,
+    packed_layout,
     patch_embedding,
     residual_layer_norm,
     residual_rms_norm,
     row_moments,
+    unpack_rows,
     variable_length_attention,
 )
 from accelkit.ops.operator import OPERATORS, Operator, operator_of
@@ -33,9 +36,12 @@ __all__ = [
     "linear_activation",
     "linear_residual_layer_norm",
     "operator_of",
+    "pack_rows",
+    "packed_layout",
     "patch_embedding",
     "residual_layer_norm",
     "residual_rms_norm",
     "row_moments",
+    "unpack_rows",
     "variable_length_attention",
 ]

@@ -100,4 +100,4 @@ def kernel(
     return linear.linear_activation(x, weight, bias, activation, residual, rows)
 
 
-OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))
+OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel, counted=("x", "residual")))

@@ -8,6 +8,7 @@ The meaning runs wherever no kernel does: on a CPU, on dtypes and sizes that the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ class Operator:
         fake: its results' shapes and dtypes on fake tensors; asks nothing of a symbolic size.
         refusal: why no GPU kernel takes these arguments, or None; pure, works on fake tensors too.
         kernel: the GPU kernel, imported when first called; called where `refusal` gives None.
+        counted: of an operator with an argument `rows`, the arguments [..., width] whose rows it counts; a CPU computes
+            no others.
     """
 
     schema: str
@@ -38,6 +41,7 @@ class Operator:
     fake: Callable[..., Any]
     refusal: Callable[..., str | None]
     kernel: Callable[..., Any]
+    counted: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -54,6 +58,8 @@ def define(operator: Operator) -> Operator:
     _LIBRARY.define(operator.schema)
     _LIBRARY.impl(operator.name, operator.meaning, "CompositeExplicitAutograd")
     _LIBRARY.impl(operator.name, _on_gpu(operator), "CUDA")
+    if operator.counted:
+        _LIBRARY.impl(operator.name, _on_cpu(operator), "CPU")
     torch.library.register_fake(f"accelkit::{operator.name}", operator.fake, lib=_LIBRARY)
     OPERATORS[operator.name] = operator
     return operator
@@ -73,6 +79,33 @@ def _on_gpu(operator: Operator) -> Callable[..., Any]:
         if operator.refusal(*args, **kwargs) is not None:
             return operator.meaning(*args, **kwargs)
         return operator.kernel(*args, **kwargs)
+
+    return run
+
+
+def _on_cpu(operator: Operator) -> Callable[..., Any]:
+    names = [argument.name for argument in operator.overload._schema.arguments]
+
+    @functools.wraps(operator.meaning)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        rows = given.pop("rows", None)
+        if rows is None:
+            return operator.meaning(**given)
+        leading = given[operator.counted[0]].shape[:-1]
+        count = min(int(rows), math.prod(leading))
+        for name in operator.counted:
+            if given.get(name) is not None:
+                width = given[name].shape[-1]
+                given[name] = given[name].expand(*leading, width).reshape(-1, width)[:count]
+
+        def all_rows(found: torch.Tensor) -> torch.Tensor:
+            whole = found.new_zeros(math.prod(leading), found.shape[-1])
+            whole[:count] = found
+            return whole.reshape(*leading, found.shape[-1])
+
+        results = operator.meaning(**given)
+        return tuple(map(all_rows, results)) if isinstance(results, tuple) else all_rows(results)
 
     return run
 

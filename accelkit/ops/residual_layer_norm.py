@@ -110,4 +110,4 @@ def kernel(
     return norms.residual_layer_norm(x, residual, weight, bias, eps, rows)
 
 
-OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))
+OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel, counted=("x", "residual")))

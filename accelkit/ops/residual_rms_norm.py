@@ -66,4 +66,4 @@ def kernel(
     return norms.residual_rms_norm(x, residual, weight, eps, rows)
 
 
-OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))
+OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel, counted=("x", "residual")))

@@ -138,6 +138,27 @@ def variable_length_attention(
     return result
 
 
+def packed_layout(mask: Tensor) -> Any:
+    kept = [i for i, keep in enumerate(mask.flatten().tolist()) if keep]
+    positions = [kept.index(i) if i in kept else -1 for i in range(mask.numel())]
+    counts = [sum(row) for row in mask.tolist()]
+    offsets = [sum(counts[:i]) for i in range(len(counts) + 1)]
+    rest = [i for i in range(mask.numel()) if i not in kept]
+    numbers = (kept + rest, positions, offsets, [len(kept)])
+    shapes = ((-1,), mask.shape, (-1,), (1,))
+    return [torch.tensor(n, device=mask.device).reshape(shape) for n, shape in zip(numbers, shapes, strict=True)]
+
+
+def pack_rows(x: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
+    return torch.stack([x[int(i) // x.shape[1], int(i) % x.shape[1]] for i in sources])
+
+
+def unpack_rows(packed: Tensor, positions: Tensor) -> Tensor:
+    result = packed.new_zeros(*positions.shape, *packed.shape[1:])
+    result[positions >= 0] = packed[positions[positions >= 0].long()]
+    return result
+
+
 def r(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype)
 
@@ -258,6 +279,25 @@ CASES = {
         },
         attention,
     ),
+    "places of packed rows": Case(
+        "packed_layout",
+        lambda: {"mask": torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.bool).t()},
+        packed_layout,
+    ),
+    "rows packed": Case(
+        "pack_rows",
+        lambda: {
+            "x": r(2, 6, 4, dtype=half)[:, ::2], "sources": torch.tensor([1, 3, 4, 0, 2, 5], dtype=torch.int32),
+            "rows": torch.tensor([4], dtype=torch.int32),
+        },
+        pack_rows,
+        4,
+    ),
+    "rows unpacked": Case(
+        "unpack_rows",
+        lambda: {"packed": r(6, 2, 3), "positions": torch.tensor([[-1, 0, 1], [-1, -1, 2]], dtype=torch.int32)},
+        unpack_rows,
+    ),
     "sequences": Case(
         "variable_length_attention",
         lambda: {
@@ -299,16 +339,35 @@ def test_numbers(case: Case, device: str) -> None:
         assert result.dtype is meant.dtype
         assert result.is_contiguous()
         result, meant, truth = (t[: case.rows].double() for t in (result, meant, truth))
-        floor = torch.finfo(plain[0].dtype).eps * truth.norm()
+        floor = (torch.finfo(plain[0].dtype).eps if plain[0].is_floating_point() else 0.0) * truth.norm()
         assert (meant - truth).norm() <= 4 * floor  # the definition means the formula
         assert (result - truth).norm() <= 2 * (meant - truth).norm() + floor
+
+
+@pytest.mark.parametrize("count", [0, 3, 6, 9])
+def test_a_cpu_computes_the_rows_that_count(count: int) -> None:
+    x, residual, weight, bias = r(2, 3, 8), r(3, 8).expand(2, 3, 8), r(8, 8), r(8)
+    x.view(6, 8)[count:] = math.nan  # would show in a sum, or in a result
+    rows = torch.tensor([count], dtype=torch.int32)
+    calls = {
+        "linear_activation": (x, weight, bias, "gelu", residual),
+        "residual_layer_norm": (x, residual, bias, None, 1e-5),
+        "residual_rms_norm": (x, residual, bias, 1e-6),
+    }
+    for name, arguments in calls.items():
+        counted = pytree.tree_leaves(getattr(fused, name)(*arguments, rows))
+        for result, whole in zip(counted, pytree.tree_leaves(getattr(fused, name)(*arguments)), strict=True):
+            assert result.shape == whole.shape
+            torch.testing.assert_close(result.view(6, 8)[:count], whole.view(6, 8)[:count])
+            assert not result.view(6, 8)[count:].any()
 
 
 @on_each_case
 def test_schema_and_fake(case: Case, device: str) -> None:
     arguments = on(device, case.arguments())
     if "rows" in arguments:
-        arguments["rows"] = None  # rows beyond the count differ from run to run on a GPU
+        # rows beyond the count differ from run to run on a GPU
+        arguments["rows"] = torch.full_like(arguments["rows"], 6) if case.name == "pack_rows" else None
     overload = getattr(fused, case.name).default
     if case.name == "variable_length_attention":
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")  # reads its offsets: no symbolic trace
@@ -326,7 +385,7 @@ def test_refusals_are_sentences(case: Case) -> None:
     assert reason is None or len(reason.split()) > 3
 
 
-@pytest.mark.parametrize("name", sorted(OPERATORS))
+@pytest.mark.parametrize("name", sorted(set(OPERATORS) - {"packed_layout", "pack_rows", "unpack_rows"}))  # copy only
 def test_float64_stays_with_pytorch(name: str) -> None:
     case = next(case for case in CASES.values() if case.name == name)
     reason = OPERATORS[name].refusal(**doubled(case.arguments()))
@@ -348,6 +407,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("attention", {"value": r(2, 6, 2, 8)}, "key and value in length"),
     ("attention", {"query": r(2, 7, 3, 8)}, "a multiple of the key's"),
     ("attention", {"mask": torch.ones(2, 1, 1, 6, dtype=torch.bool)}, "does not broadcast"),
+    ("packed_layout", {"mask": torch.ones(2, 3)}, r"boolean \[batch, length\]"),
+    ("pack_rows", {"x": r(2, 4, 4)}, "has 8 rows, and there are 6 sources"),
+    ("pack_rows", {"sources": torch.arange(6)}, "int32"),
+    ("unpack_rows", {"positions": torch.zeros(6, dtype=torch.int32)}, r"int32 \[batch, length\]"),
     ("variable_length_attention", {"query": r(12, 16)}, r"takes \[rows, heads, width\]"),
     ("variable_length_attention", {"query": r(11, 2, 8)}, "as many keys as queries"),
     ("variable_length_attention", {"offsets": torch.tensor([0, 12])}, "an int32 vector, not torch.int64"),
