@@ -5,6 +5,7 @@
     where(m, bias, -3.4e38)                             ->  keep m, add bias
     (1 - m) * -10000                                    ->  keep m                        where m is boolean
     a constant: all True, or all 0                      ->  nothing
+    a number a query, the same for every key            ->  nothing                       softmax takes it off again
     a constant: lower triangular, static sizes          ->  causal
     expand(m), index(m, [arange, arange])               ->  m                             a view
 
@@ -109,7 +110,7 @@ class Simplifier:
         keep: dict[Any, Term] = {}
         add, causal = [], False
         for part in parts:
-            kind = self._constant_kind(part)
+            kind = "nothing" if _same_for_every_key(part) else self._constant_kind(part)
             causal |= kind == "causal"
             if kind in ("causal", "nothing"):
                 continue
@@ -157,7 +158,7 @@ class Simplifier:
             return [term.part(bound["self"]), term.part(bound["other"])]
         if target is aten.mul.Tensor and (number := self.editor.number(bound["other"])) is not None:
             return self._scaled(term, bound["self"], number)
-        if target is aten.to.dtype and val(bound["self"]).is_floating_point():
+        if target is aten.to.dtype and all(val(n).is_floating_point() for n in (term.node, bound["self"])):
             inner = self._parts(replace(term, node=bound["self"]))
             return None if len(inner) == 1 and inner[0].node is bound["self"] else inner
         if target in _WHERE or target in _FILL:
@@ -221,6 +222,11 @@ class Simplifier:
         return str(self.seen[key])
 
 
+def _same_for_every_key(term: Term) -> bool:
+    """Whether one number is added to all scores of a query, which softmax takes off again."""
+    return term.keeps is None and not term.layout().without_broadcast().dims[-1]
+
+
 def _is_view(node: fx.Node, source: fx.Node, view: Callable[[fx.Node, Layout], Layout]) -> bool:
     try:
         view(node, whole(source))
@@ -273,8 +279,8 @@ def emit(masks: Masks, shape: Sequence[Any], dtype: torch.dtype, editor: Editor,
     Raises:
         Refused: a term's dimensions are not the scores'.
     """
-    kept = [_emit_one(term, shape, editor, before) for term in masks.keep]
-    added = [_emit_one(term, shape, editor, before) for term in masks.add]
+    kept = [_emit_one(term, shape, dtype, editor, before) for term in masks.keep]
+    added = [_emit_one(term, shape, dtype, editor, before) for term in masks.add]
     keep = functools.reduce(lambda a, b: editor.call(aten.logical_and.default, (a, b), before), kept) if kept else None
     if not added:
         return keep
@@ -284,20 +290,16 @@ def emit(masks: Masks, shape: Sequence[Any], dtype: torch.dtype, editor: Editor,
     return editor.call(aten.where.ScalarOther, (keep, total, torch.finfo(dtype).min), before)
 
 
-def _emit_one(term: Term, shape: Sequence[Any], editor: Editor, before: fx.Node) -> fx.Node:
+def _emit_one(term: Term, shape: Sequence[Any], dtype: torch.dtype, editor: Editor, before: fx.Node) -> fx.Node:
     try:
         layout = term.layout().regrouped(shape).without_broadcast()
     except Opaque:
         raise Refused(f"the mask {term.node.name} has other dimensions than the scores") from None
+    root = layout.root
     if term.keeps is False:
-        layout = replace_root(layout, editor.call(aten.logical_not.default, (layout.root,), before))
-    elif term.keeps is None and term.factor != 1.0:
-        layout = replace_root(layout, editor.call(aten.mul.Tensor, (layout.root, term.factor), before))
-    elif term.keeps is None and not val(layout.root).is_floating_point():
-        raise Refused(f"{term.node.name}, added to the scores, is {val(layout.root).dtype}")
-    return editor.emit(layout, before)
-
-
-def replace_root(layout: Layout, root: fx.Node) -> Layout:
-    """The same view of another node of the same shape."""
-    return replace(layout, root=root)
+        root = editor.call(aten.logical_not.default, (root,), before)
+    if term.keeps is None and not val(root).is_floating_point():
+        root = editor.call(aten.to.dtype, (root, dtype), before)
+    if term.keeps is None and term.factor != 1.0:
+        root = editor.call(aten.mul.Tensor, (root, term.factor), before)
+    return editor.emit(replace(layout, root=root), before)

@@ -104,9 +104,10 @@ class Scores:
         second: fx.Node = bound["other"]
         sign = float(bound["alpha"]) * (1 if node.target is aten.add.Tensor else -1)
         if not _leads_to_product(first):
-            if sign != 1.0 or not _leads_to_product(second):
+            if _leads_to_product(second) and sign == 1.0:
+                first, second = second, first
+            elif first.op != "call_function":
                 raise _no_product(node)
-            first, second = second, first
         if not same_sizes(val(first).shape, val(node).shape):
             raise Refused(f"the scores are broadcast by {node.name}")
         self._add(second, sign, node)

@@ -82,6 +82,10 @@ LEFT_ALONE: dict[str, tuple[Callable[..., object], str | None]] = {
         "the scores are scaled by a tensor (mul), not by one number",
     ),
     "soft cap": (lambda self, q, k, v: (q @ k.mT).tanh().softmax(-1) @ v, "the scores come from tanh"),
+    "soft cap and mask": (
+        lambda self, q, k, v: ((q @ k.mT).tanh() + v[..., :1].mT).softmax(-1) @ v,
+        "the scores come from tanh",
+    ),
     "scores transposed": (
         lambda self, q, k, v: (k @ q.mT).transpose(-1, -2).contiguous().softmax(-1) @ v,
         "the scores are transposed, cut or repeated before softmax",
@@ -101,10 +105,6 @@ LEFT_ALONE: dict[str, tuple[Callable[..., object], str | None]] = {
     "scores broadcast": (
         lambda self, q, k, v: (q @ k.mT + torch.ones(3, 1, 1, 1, 1)).softmax(-1) @ v,
         "the scores are broadcast by add",
-    ),
-    "an addend of integers": (
-        lambda self, q, k, v: (q @ k.mT + (v[..., :1].mT > 0).long()).softmax(-1) @ v,
-        "added to the scores, is torch.int64",
     ),
     "added to": (
         lambda self, q, k, v: torch.baddbmm(v[0], (q @ k.mT).softmax(-1)[0], v[0]),
