@@ -83,6 +83,24 @@ def _columns(pointer, column, N, layout: gl.constexpr):
 
 
 @gluon.jit
+def _both(pointer, column, N, layout: gl.constexpr, HALVES: gl.constexpr):
+    if HALVES == 2:
+        both = (_columns(pointer, column, N, layout), _columns(pointer, column + GROUP, N, layout))
+    else:
+        both = (_columns(pointer, column, N, layout),)
+    return both
+
+
+@gluon.jit
+def _halves(acc, BLOCK_M: gl.constexpr, HALVES: gl.constexpr):
+    if HALVES == 2:
+        halves = acc.reshape((BLOCK_M, 2, GROUP)).permute((0, 2, 1)).split()
+    else:
+        halves = (acc,)
+    return halves
+
+
+@gluon.jit
 def _rows_of(vector, layout: gl.constexpr):
     return gl.convert_layout(vector, gl.SliceLayout(1, layout))[:, None]
 
@@ -121,11 +139,12 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
     step = me * steps  # every second tile of this program is mine, and the ring's steps with it
     mine = 0  # tiles that I have done
     acc = gl.zeros((BLOCK_M, BLOCK_N), dtype=gl.float32, layout=ACC)
+    layout: gl.constexpr = _halves(acc, BLOCK_M, HALVES)[0].type.layout
     for tile in range(gl.program_id(0) + me * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         row = tile // columns * BLOCK_M
         column = tile % columns * BLOCK_N
-        tma.store_wait(pendings=0)  # the tile before has left the buffer: the residual may come into it
         if HAS_RESIDUAL:
+            tma.store_wait(pendings=0)  # the tile before has left the buffer: the residual may come into it
             mbarrier.expect(residual_ready.index(me), HALVES * residual_desc.block_type.nbytes)
             for half in gl.static_range(HALVES):
                 tma.async_copy_global_to_shared(
@@ -137,6 +156,10 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
             mean, scale = _moments(moments_ptr, m, M)
         if HAS_RESIDUAL_MOMENTS:
             r_mean, r_scale = _moments(residual_moments_ptr, m, M)
+        if HAS_BIAS and not HAS_RESIDUAL:  # beside a residual there are no registers left for it
+            biases = _both(bias_ptr, column, N, layout, HALVES)
+        if HAS_MOMENTS:
+            sums = _both(column_sums_ptr, column, N, layout, HALVES)
         # A barrier tells two rounds of the ring apart, no more: I may not wait for a stage while the other is still rounds
         # behind it. The tensor cores are one's at a time anyway.
         mbarrier.wait(turn.index(me), (mine & 1) ^ (1 - me))
@@ -155,11 +178,7 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
         step += steps
 
         # 64 columns at a time, so that their temporaries fit beside the rest of the accumulator.
-        if HALVES == 2:
-            halves = acc.reshape((BLOCK_M, 2, GROUP)).permute((0, 2, 1)).split()
-        else:
-            halves = (acc,)
-        layout: gl.constexpr = halves[0].type.layout
+        halves = _halves(acc, BLOCK_M, HALVES)
         if HAS_RESIDUAL:
             mbarrier.wait(residual_ready.index(me), mine & 1)
         for half in gl.static_range(HALVES):
@@ -167,10 +186,11 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
             left = column + half * GROUP
             out = out_buffers.index(HALVES * me + half)
             if HAS_MOMENTS:
-                sums = _columns(column_sums_ptr, left, N, layout)
-                y = (y - _rows_of(mean, layout) * sums) * _rows_of(scale, layout)
-            if HAS_BIAS:
+                y = (y - _rows_of(mean, layout) * sums[half]) * _rows_of(scale, layout)
+            if HAS_BIAS and HAS_RESIDUAL:
                 y = y + _columns(bias_ptr, left, N, layout)
+            if HAS_BIAS and not HAS_RESIDUAL:
+                y = y + biases[half]
             y = activate(y, ACTIVATION)
             if HAS_RESIDUAL:
                 residual = out.load(layout).to(gl.float32)
@@ -188,6 +208,8 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
                 inside = (i < M) & (left < N)
                 gl.store(statistics_ptr + where, total / GROUP, mask=inside)
                 gl.store(statistics_ptr + where + 1, squares, mask=inside)
+            if not HAS_RESIDUAL:
+                tma.store_wait(pendings=HALVES - 1)  # of the tile before: this half of the buffer is free again
             out.store(y.to(dtype))
             fence_async_shared()
             tma.async_copy_shared_to_global(out_desc, [row, left], out)
