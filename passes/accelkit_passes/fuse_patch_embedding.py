@@ -60,7 +60,7 @@ def _path(conv: fx.Node) -> list[fx.Node] | None:
 
 
 def _dims(permute: fx.Node) -> list[int]:
-    return list(permute.args[1])  # type: ignore[arg-type]
+    return list(bound(permute)["dims"])
 
 
 def _keeps_channels(conv: fx.Node, reshape: fx.Node, channels: int) -> bool:

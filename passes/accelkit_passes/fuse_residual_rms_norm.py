@@ -61,8 +61,10 @@ def _spelled_out(root: fx.Node) -> Norm | None:
     if root.target is aten.pow.Tensor_Scalar and root.args[1] != -0.5:
         return None
     shifted = _input(root, inside)
-    mean, eps = _input(shifted, inside), bound(shifted).get("other")
-    if shifted.target is not aten.add.Tensor or not isinstance(eps, float) or mean.target is not aten.mean.dim:
+    if shifted.target is not aten.add.Tensor:
+        return None
+    mean, eps = _input(shifted, inside), bound(shifted)["other"]
+    if not isinstance(eps, float) or mean.target is not aten.mean.dim:
         return None
     value = _squared(_input(mean, inside))
     scaled, by = _only_user(root, inside)
@@ -72,8 +74,7 @@ def _spelled_out(root: fx.Node) -> Norm | None:
     if scaled.target is not _SCALES[root.target] or not _multiplies(scaled, source, by):
         return None
     over, rank = bound(mean), graphs.val(source).dim()
-    require(over["dim"] is not None, "it normalises all dimensions at once, not the last one alone")
-    dims = [d % rank for d in over["dim"]]
+    dims = [d % rank for d in over["dim"] or range(rank)]  # none named: all of them
     require(dims == [rank - 1], f"it normalises dimension {', '.join(map(str, dims))}, not the last one alone")
     if not over["keepdim"]:
         return None

@@ -136,6 +136,10 @@ LEFT_ALONE: dict[str, tuple[Callable[[Any, Tensor], Any], str | None]] = {
         lambda self, v: v * torch.rsqrt(mean_square(v, (-2, -1)) + EPS),
         "it normalises dimension 1, 2, not the last one alone",
     ),
+    "over all, none named": (
+        lambda self, v: v * torch.rsqrt(v.pow(2).mean(dim=(), keepdim=True) + EPS),
+        "it normalises dimension 0, 1, 2, not the last one alone",
+    ),
     "scale used elsewhere": (
         lambda self, v: v * (s := torch.rsqrt(mean_square(v) + EPS)) + s,
         None,
@@ -160,6 +164,18 @@ def test_left_alone(case: str) -> None:
     form, reason = LEFT_ALONE[case]
     inputs = torch.randn(2, 3, 6), torch.randn(2, 3, 6)
     assert_left_alone(FuseResidualRmsNorm(), Layer(form, once=True), *inputs, reason=reason)
+
+
+def test_roots_of_inputs_and_weights_are_no_norms() -> None:
+    class Roots(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(6))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x * torch.rsqrt(x) + y / torch.sqrt(self.weight) + y * torch.pow(x, -0.5)
+
+    assert_left_alone(FuseResidualRmsNorm(), Roots(), torch.rand(2, 6), torch.rand(2, 6), reason=None)
 
 
 def test_weight_of_another_shape_stays_outside() -> None:
