@@ -29,9 +29,10 @@ def dense_last(tensor: Tensor) -> Tensor:
 
 def dependent_launch(tensor: Tensor) -> bool:
     """Whether a kernel's launch can overlap with the end of the one before it on this tensor's device (Hopper and later)."""
-    return tensor.is_cuda and _capability(tensor.device)[0] >= 9
+    return dependent_launch_on(tensor.device)
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def dependent_launch_on(device: torch.device) -> bool:
+    """The same of a device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -15,9 +15,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels import dense_last, dependent_launch, on_device_of
+from accelkit.kernels import dense_last, dependent_launch, dependent_launch_on, on_device_of
 from accelkit.kernels.attention_kernels import dense_kernel, variable_length_kernel
 from accelkit.kernels.attention_one_pass import one_pass_kernel
+from accelkit.tuning.choices import Choices
 
 WIDEST_HEAD = 256
 LONGEST_ONE_PASS = 272
@@ -159,6 +160,42 @@ def variable_length_candidates(longest: int, width: int, dtype: torch.dtype) -> 
     return list(dict.fromkeys(found))
 
 
+class VariableLengthProblem(NamedTuple):
+    """What a choice for packed sequences depends on.
+
+    Attributes:
+        rows, sequences, longest: sizes of the packing.
+        heads, key_heads, width: of the operands, whose dtype is `dtype`.
+        causal: as in `accelkit.variable_length_attention`.
+    """
+
+    rows: int
+    sequences: int
+    longest: int
+    heads: int
+    key_heads: int
+    width: int
+    dtype: torch.dtype
+    causal: bool
+
+
+def variable_length_problem(
+    query: Tensor, key: Tensor, offsets: Tensor, longest: int, causal: bool
+) -> VariableLengthProblem:
+    """The problem of these operands."""
+    rows, heads, width = query.shape
+    return VariableLengthProblem(rows, offsets.shape[0] - 1, longest, heads, key.shape[1], width, query.dtype, causal)
+
+
+def _variable_length_on(device: torch.device, problem: VariableLengthProblem) -> list[AttentionConfig]:
+    found = variable_length_candidates(problem.longest, problem.width, problem.dtype)
+    return [config._replace(pdl=dependent_launch_on(device)) for config in found]
+
+
+chosen = Choices("variable-length attention", VariableLengthProblem, AttentionConfig, _variable_length_on)
+"""What measuring found for packed sequences, by device and problem; filled by `accelkit.tuning`."""
+
+
 def variable_length_attention(
     query: Tensor,
     key: Tensor,
@@ -177,6 +214,7 @@ def variable_length_attention(
         return out
     query, scale = _positive(query, scale)
     query, key, value = dense_last(query), dense_last(key), dense_last(value)
+    config = config or chosen[query.device, variable_length_problem(query, key, offsets, longest, causal)]
     config = config or variable_length_default(longest, width, query.dtype)._replace(pdl=dependent_launch(query))
     with on_device_of(query):
         variable_length_kernel[(triton.cdiv(longest, config.block_m), heads, sequences)](

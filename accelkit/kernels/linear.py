@@ -9,6 +9,7 @@ default(...)      an implementation by rule; candidates(...)   those worth measu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from accelkit.kernels import dense_last, on_device_of
 from accelkit.ops.folded_linear import without_hopper
 from accelkit.ops.linear_activation import ACTIVATIONS
+from accelkit.tuning.choices import Choices
 
 
 class LinearConfig(NamedTuple):
@@ -69,10 +71,6 @@ class LinearProblem(NamedTuple):
     counted: bool
 
 
-chosen: dict[tuple[torch.device, LinearProblem], LinearConfig] = {}
-"""What measuring found, by device and problem; filled by `accelkit.tuning`."""
-
-
 def default(problem: LinearProblem, hopper: bool, processors: int) -> LinearConfig:
     """An implementation by rule; the limits are those of benchmarks/results, gemm_choices.json."""
     tiles = -(-problem.rows // 128) * -(-problem.features // 128)
@@ -116,16 +114,31 @@ def linear_activation(
     problem = LinearProblem(
         flat.shape[0], features, flat.shape[1], x.dtype, activation, residual is not None, rows is not None
     )
-    config = config or chosen.get((x.device, problem)) or _by_rule(x, problem)
+    config = config or chosen[x.device, problem] or default_on(x.device, problem)
     with on_device_of(x):
         return _IMPLEMENTATIONS[config.implementation](flat, weight, bias, activation, added, rows, config).reshape(
             shape
         )
 
 
-def _by_rule(x: Tensor, problem: LinearProblem) -> LinearConfig:
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return default(problem, without_hopper(x) is None, processors)
+def default_on(device: torch.device, problem: LinearProblem) -> LinearConfig:
+    """`default` on this device."""
+    return default(problem, *_device_facts(device))
+
+
+@functools.cache
+def _device_facts(device: torch.device) -> tuple[bool, int]:
+    """Whether it is a Hopper GPU, and its number of multiprocessors."""
+    if device.type != "cuda":
+        return False, 1
+    hopper = without_hopper(torch.empty(0, device=device)) is None
+    return hopper, torch.cuda.get_device_properties(device).multi_processor_count
+
+
+chosen = Choices(
+    "linear", LinearProblem, LinearConfig, lambda device, problem: candidates(problem, *_device_facts(device))
+)
+"""What measuring found, by device and problem; filled by `accelkit.tuning`."""
 
 
 def _cublas(

@@ -13,8 +13,9 @@ import torch
 import triton
 from torch import Tensor
 
-from accelkit.kernels import dense_last, dependent_launch, on_device_of
+from accelkit.kernels import dense_last, dependent_launch_on, on_device_of
 from accelkit.kernels.norms_kernels import embedding_kernel, norm_kernel, wide_norm_kernel
+from accelkit.tuning.choices import Choices
 
 WIDEST_BLOCK = 8192
 """The widest row that is kept in registers: 16 warps of 16 numbers a thread."""
@@ -34,6 +35,22 @@ class NormConfig(NamedTuple):
     pdl: bool = False
 
 
+class NormProblem(NamedTuple):
+    """What a choice depends on.
+
+    Attributes:
+        form: layer, rms (both with or without a residual) or embedding.
+        rows, width: of the result. dtype: of x, or of the tables.
+        tables: how many are looked up; 0 but for embeddings.
+    """
+
+    form: str
+    rows: int
+    width: int
+    dtype: torch.dtype
+    tables: int
+
+
 def default(row_count: int, width: int) -> NormConfig:
     """The configuration by rule: about eight numbers a thread for each 16-byte load, several rows where they are short."""
     block = _block(width)
@@ -49,6 +66,20 @@ def candidates(row_count: int, width: int) -> list[NormConfig]:
     shapes |= {(rows, warps) for rows in (2, 4, 8) for warps in (2, 4) if 512 <= rows * block // warps <= 2048}
     shapes.add(default(row_count, width)[:2])
     return [NormConfig(rows, warps) for rows, warps in sorted(shapes)]
+
+
+def default_on(device: torch.device, problem: NormProblem) -> NormConfig:
+    """`default` on this device, its launch overlapped with the kernel before where the device can."""
+    return default(problem.rows, problem.width)._replace(pdl=dependent_launch_on(device))
+
+
+def _candidates_on(device: torch.device, problem: NormProblem) -> list[NormConfig]:
+    pdl = dependent_launch_on(device)
+    return [config._replace(pdl=pdl) for config in candidates(problem.rows, problem.width)]
+
+
+chosen = Choices("norm", NormProblem, NormConfig, _candidates_on)
+"""What measuring found, by device and problem; filled by `accelkit.tuning`."""
 
 
 def layer_norm(
@@ -115,7 +146,8 @@ def embedding_layer_norm(
     row_count = normalised.numel() // max(width, 1)
     if row_count == 0 or width == 0:
         return normalised
-    config = config or default(row_count, width)
+    problem = NormProblem("embedding", row_count, width, dtype, len(tables))
+    config = config or chosen[normalised.device, problem] or default_on(normalised.device, problem)
     tables = [dense_last(table) for table in tables]
     if len(shape) != 2:
         indices = [index.expand(shape).reshape(1, -1) for index in indices]
@@ -189,7 +221,8 @@ def _normalise(
     x = _as_rows(x, width)
     residual = None if residual is None else _as_rows(residual, width)
     row_count = x.shape[0]
-    config = config or default(row_count, width)._replace(pdl=dependent_launch(x))
+    problem = NormProblem("layer" if centre else "rms", row_count, width, x.dtype, 0)
+    config = config or chosen[x.device, problem] or default_on(x.device, problem)
     wide = width > WIDEST_BLOCK
     with on_device_of(x):
         (wide_norm_kernel if wide else norm_kernel)[(row_count if wide else triton.cdiv(row_count, config.rows),)](

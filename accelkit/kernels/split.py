@@ -6,6 +6,7 @@ s = sum of parts + bias + residual;  layer_norm(s)                one program a 
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton.language.extra import cuda
 
 from accelkit.kernels import dense_last, dependent_launch, on_device_of
+from accelkit.tuning.choices import Choices
 
 
 class SplitConfig(NamedTuple):
@@ -31,6 +33,20 @@ class SplitConfig(NamedTuple):
     block_k: int = 64
     warps: int = 4
     stages: int = 4
+
+
+class SplitProblem(NamedTuple):
+    """What a choice depends on.
+
+    Attributes:
+        rows, features, width: the matrix product's M, N and K.
+        dtype: of the operands.
+    """
+
+    rows: int
+    features: int
+    width: int
+    dtype: torch.dtype
 
 
 def default(rows: int, features: int, width: int, processors: int) -> SplitConfig:
@@ -50,6 +66,20 @@ def candidates(rows: int, features: int, width: int, processors: int) -> list[Sp
             if width // splits >= 128 and block_m <= max(32, 2 * rows) and splits * tiles <= 3 * processors:
                 found.append(SplitConfig(splits, block_m, block_n))
     return list(dict.fromkeys(found))
+
+
+def default_on(device: torch.device, problem: SplitProblem) -> SplitConfig:
+    """`default` on this device."""
+    return default(*problem[:3], _processors(device))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+chosen = Choices("split", SplitProblem, SplitConfig, lambda device, p: candidates(*p[:3], _processors(device)))
+"""What measuring found, by device and problem; filled by `accelkit.tuning`."""
 
 
 @triton.jit
@@ -125,8 +155,8 @@ def linear_residual_layer_norm(
     m = flat.shape[0]
     if not normalised.numel():
         return normalised, total
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    config = config or default(m, features, k, processors)
+    problem = SplitProblem(m, features, k, x.dtype)
+    config = config or chosen[x.device, problem] or default_on(x.device, problem)
     step = -(-k // config.splits // config.block_k) * config.block_k
     splits = -(-k // step)
     parts = x.new_empty((splits, m, features), dtype=torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accelkit.ops import attention_kinds
-from accelkit.ops.attention_choice import chosen_kind
+from accelkit.ops.attention_choice import choice_of, chosen_kind
 from accelkit.ops.attention_kinds import with_causal
 from accelkit.ops.operator import Operator, define, differ
 
@@ -131,9 +131,8 @@ def kernel(
     kind: str = "auto",
 ) -> Tensor:
     check(query, key, value, mask, kind)
-    if kind == "auto":
-        kind = chosen_kind(query, key, value, mask, causal)
-    return attention_kinds.run(kind, query, key, value, mask, causal, scale)
+    choice = choice_of(kind, query, key, value, mask, causal)
+    return attention_kinds.run(choice.kind, query, key, value, mask, causal, scale, choice.config)
 
 
 OPERATOR = define(Operator(SCHEMA, meaning, fake, refusal, kernel))

@@ -41,13 +41,23 @@ def refusal_of(kind: str, query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 
 def run(
-    kind: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None
+    kind: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    config: Any = None,
 ) -> Tensor:
-    """The attention by this kernel, [batch, length, heads, width], for operands that `refusal_of` lets pass."""
+    """The attention by this kernel, [batch, length, heads, width], for operands that `refusal_of` lets pass.
+
+    `config` is the Triton kernel's; None: by rule.
+    """
     if kind == "triton":
         from accelkit.kernels import attention
 
-        return attention.attention(query, key, value, mask, causal, scale)
+        return attention.attention(query, key, value, mask, causal, scale, config)
     if mask is not None and causal:
         mask = with_causal(mask, query.shape[1], key.shape[1])
         causal = False

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accelkit.ops import attention as operator
 from accelkit.ops import attention_choice, attention_kinds, variable_length_attention
-from accelkit.ops.attention_choice import TUNED, chosen_kind, mask_form, shape_key
+from accelkit.ops.attention_choice import AttentionChoice, chosen, chosen_kind, mask_form, problem_of
 from accelkit.ops.attention_kinds import aligned_bias, refusal_of
 
 half = torch.float16
@@ -122,14 +122,15 @@ def test_rules(sizes: dict[str, Any], mask: Tensor | None, causal: bool, kind: s
 
 def test_what_was_measured_goes_before_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     given = operands()
-    monkeypatch.setitem(TUNED, shape_key(*given, None, False), "flash")
+    monkeypatch.setitem(chosen, (given[0].device, problem_of(*given, None, False)), AttentionChoice("flash"))
     assert chosen_kind(*given, None, False) == "flash"
     assert chosen_kind(*given, None, True) == "cudnn"
     assert chosen_kind(*operands(length=7), None, False) == "cudnn"
 
 
 def test_a_measured_choice_that_cannot_run_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TUNED, shape_key(*operands(), None, False), "xformers")
+    where = (torch.device("cpu"), problem_of(*operands(), None, False))
+    monkeypatch.setitem(chosen, where, AttentionChoice("xformers"))
     monkeypatch.setattr(attention_kinds, "without_xformers", lambda: "xFormers is not installed")
     assert attention_choice.chosen_kind(*operands(), None, False) == "cudnn"
 

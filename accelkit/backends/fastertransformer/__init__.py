@@ -31,12 +31,15 @@ class FasterTransformer(Backend):
         pad_batch: run a batch between two recorded sizes in the next larger one where the model provably treats rows
             independently and that measured faster.
         warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
+        tune: whether to measure, while compiling, which kernel and configuration each fused operator runs with on this GPU:
+            False uses what is known from earlier tuning and else rules; True takes 60 seconds at most, a number so many.
     """
 
     cuda_graph: bool = True
     capture_sizes: tuple[int, ...] = ()
     pad_batch: bool = True
     warmup: int = 3
+    tune: bool | float = False
 
     name: ClassVar[str] = "fastertransformer"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
@@ -50,6 +53,10 @@ class FasterTransformer(Backend):
             raise InputError(f"warmup has to be a whole number of at least 1, not {self.warmup!r}")
         if any(not isinstance(size, int) or size < 1 for size in self.capture_sizes):
             raise InputError(f"capture_sizes has to be batch sizes of at least 1, not {self.capture_sizes!r}")
+        if not isinstance(self.tune, bool) and not (
+            isinstance(self.tune, (int, float)) and 0 < self.tune < float("inf")
+        ):
+            raise InputError(f"tune has to be False, True or a number of seconds above 0, not {self.tune!r}")
 
     def versions(self) -> dict[str, str]:
         found = super().versions()

@@ -44,8 +44,9 @@ class FasterTransformerEngine(Engine):
         self._device = next((d for d in self._devices if d.type == "cuda"), torch.device("cpu"))
         self._tf32 = context.precision.name == "tf32" and self._device.type == "cuda"
         prepared = prepare(graph, inputs, context)
-        context.progress("choosing kernels")
         examples = graphs.laid_out(prepared)([i.detach() for i in inputs])
+        self._tuned = self._tune(prepared, examples, context) if backend.tune else ()
+        context.progress("choosing kernels")
         self._choice = choose(prepared, examples, backend.warmup, self._device, self._arithmetic)
         self._graph = self._choice.graph
         self._forward = self._graph.forward
@@ -95,6 +96,7 @@ class FasterTransformerEngine(Engine):
 
     def describe(self) -> EngineFacts:
         notes = [*facts.operator_notes(self._graph, self._device)]
+        notes += self._tuned
         if (chosen := self._choice.note()) is not None:
             notes.append(chosen)
         if self._recordings:
@@ -143,7 +145,20 @@ class FasterTransformerEngine(Engine):
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    # --- recording, while the engine is made
+    # --- tuning and recording, while the engine is made
+
+    def _tune(self, graph: fx.GraphModule, inputs: Sequence[Tensor], context: CompileContext) -> tuple[str, ...]:
+        if self._device.type != "cuda":
+            return ("nothing to tune: on a CPU fused operators run their plain definitions",)
+        from accelkit.backends.fastertransformer.tune import seconds_of, tune_graph
+
+        examples, _ = examples_of(self._backend.capture_sizes, batch_of(graph), inputs)
+        with self._arithmetic(), self._on_device():
+            outcome = tune_graph(
+                graph, examples, seconds_of(self._backend.tune), self._device,
+                lambda done, total, words: context.progress(f"tuning {done + 1} of {total}: {words}"),
+            )  # fmt: skip
+        return tuple(outcome.notes())
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         if (obstacle := why_not_recordable(self._graph, self._device)) is not None:
