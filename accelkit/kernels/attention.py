@@ -89,8 +89,6 @@ def candidates(
             ]
     elif dtype is not torch.float32:
         found += [AttentionConfig("pointers", m, n, w, 2) for m, n, w in ((64, 64, 4), (64, 32, 8), (128, 32, 8))]
-    else:
-        found += [AttentionConfig("pointers", m, n, w, 2) for m, n, w in ((32, 32, 4), (64, 32, 8), (128, 32, 8))]
     fitting = [c for c in found if _shared_bytes(c, block_d, dtype) <= _SHARED_BYTES]
     return list(dict.fromkeys(fitting))
 

@@ -114,6 +114,7 @@ def refusal(
     scale: float | None = None,
     kind: str = "auto",
 ) -> str | None:
+    check(query, key, value, mask, kind)
     if kind != "auto":
         return attention_kinds.refusal_of(kind, query, key, value, mask, causal)
     if chosen_kind(query, key, value, mask, causal) != "math":

@@ -61,10 +61,20 @@ def run(
     if mask is not None and causal:
         mask = with_causal(mask, query.shape[1], key.shape[1])
         causal = False
+    query, key, value = map(_aligned, (query, key, value))
     if kind == "xformers":
         return _xformers(query, key, value, mask, causal, scale)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     return _ATEN[kind](query, key, value, mask, causal, scale).transpose(1, 2).contiguous()
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor as PyTorch's and xFormers' kernels read it, 16 bytes at a time: they do not look whether they may (seen with
+    PyTorch 2.11: an illegal access, which ends the process's use of the GPU)."""
+    size = tensor.element_size()
+    if tensor.stride(-1) == 1 and not any(n * size % 16 for n in (tensor.storage_offset(), *tensor.stride()[:-1])):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def with_causal(mask: Tensor, length: int, keys: int) -> Tensor:

@@ -91,6 +91,7 @@ def refusal(
     causal: bool = False,
     scale: float | None = None,
 ) -> str | None:
+    _check(query, key, value, offsets)
     return refusal_of("triton", query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), None, causal)
 
 

@@ -18,10 +18,21 @@ CONFIGS = [("pointers", 32, 32, 4, 2), ("descriptors", 32, 16, 4, 2), ("one_pass
 on_each = pytest.mark.parametrize("config", CONFIGS, ids=[config[0] for config in CONFIGS])
 
 
+def _written_out(options: dict[str, Any], query: Tensor, key: Tensor) -> dict[str, Any]:
+    """The mask in full: PyTorch 2.11's kernels read a broadcast or unaligned one out of bounds."""
+    if (mask := options.get("mask")) is None:
+        return options
+    shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    return options | {"mask": mask.expand(shape).clone(memory_format=torch.contiguous_format)}
+
+
 def close(query: Tensor, key: Tensor, value: Tensor, config: Any = None, **options: Any) -> None:
     """The kernel's error against float64 is at most twice plain PyTorch's, and a rounding."""
     kernel = attention.attention(query, key, value, config=config and attention.AttentionConfig(*config), **options)
-    plain = operator.meaning(query, key, value, **options)
+    plain = operator.meaning(
+        *(t.clone(memory_format=torch.contiguous_format) for t in (query, key, value)),
+        **_written_out(options, query, key),
+    )
     mask = options.pop("mask", None)
     if mask is not None and mask.dtype is not torch.bool:
         mask = mask.to(query.dtype).double()
@@ -149,7 +160,7 @@ def test_candidates_hold_the_default(sizes: tuple[int, int, int], dtype: torch.d
     length, keys, width = sizes
     found = attention.candidates(length, keys, width, dtype)
     assert attention.default(length, keys, width, dtype) in found
-    assert len(set(found)) == len(found) >= 2
+    assert len(set(found)) == len(found) >= (1 if dtype is torch.float32 else 2)
 
 
 @pytest.mark.gpu
