@@ -231,11 +231,10 @@ def test_out_of_memory_while_recording_falls_back() -> None:
     engine = FasterTransformer().compile(graph, [x], CompileContext())
     assert any("out of memory" in note for note in engine.describe().notes)
     gc.collect()
-    assert torch.cuda.memory_allocated() <= allocated + 2**25  # cuBLAS's workspace may have come
+    assert torch.cuda.memory_allocated() <= allocated + 2**24  # far less than what did not fit
     torch.cuda.set_per_process_memory_fraction(1.0)
     assert engine.describe().memory_bytes == 0
-    with torch.no_grad():
-        torch.testing.assert_close(engine(x)[0], model(x))
+    assert_right(engine, model, x)  # not bit for bit: the linear layer's kernel is accelkit's
 
 
 def test_random_operators_are_not_recorded() -> None:
@@ -257,7 +256,7 @@ def _(x: torch.Tensor) -> torch.Tensor:
 
 def test_a_recording_that_fails_leaves_pytorch_as_it_was() -> None:
     x = batch(4, 64)
-    model = Function(waiting).half().cuda()
+    model = Function(lambda x: waiting(x)).half().cuda()  # an operator itself cannot be copied with the model
     torch.cuda.manual_seed(7)
     expected = torch.randn(4, device="cuda")
     gc.collect()
@@ -268,11 +267,10 @@ def test_a_recording_that_fails_leaves_pytorch_as_it_was() -> None:
     assert any("no CUDA graph for [4, 64]" in note for note in engine.describe().notes)
     assert torch.cuda.current_stream() == stream
     assert torch.equal(torch.randn(4, device="cuda"), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(engine(x)[0], model(x))
+    assert_right(engine, model, x)
     gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**25
+    assert torch.cuda.memory_reserved() <= before + 2**26  # cuBLAS's workspace of 32 MiB and its small change
     again = compiled(Layer().half().cuda(), batch(2, 50, 128))  # the next recording works
     assert again.describe().memory_bytes
 

@@ -38,18 +38,21 @@ class Choice(NamedTuple):
     Attributes:
         graph: the fastest form. name: which one it is.
         milliseconds: of each form that could be measured, by name; empty where there was only one.
+        failures: forms that could not be had or measured, and why.
     """
 
     graph: fx.GraphModule
     name: str
     milliseconds: Mapping[str, float]
+    failures: Mapping[str, str]
 
     def note(self) -> str | None:
         """A sentence for the report; None where there was nothing to choose."""
-        if not self.milliseconds:
+        if not self.milliseconds and not self.failures:
             return None
         times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in self.milliseconds.items())
-        return f"measured: {times}; runs {self.name}"
+        failed = "".join(f"; not {name}: {why}" for name, why in self.failures.items())
+        return f"{f'measured: {times}; ' if times else ''}runs {self.name}{failed}"
 
 
 def choose(
@@ -59,24 +62,41 @@ def choose(
     device: torch.device,
     arithmetic: Callable[[], AbstractContextManager[None]],
 ) -> Choice:
-    """The fastest form of a prepared graph for these inputs; measures on a GPU where there are several."""
+    """The fastest form of a prepared graph for these inputs; measures on a GPU where there are several.
+
+    A form that fails, for want of memory too, is left out with the reason; where none can be measured the graph stays as it is.
+    """
     forms = {PLAIN: graph}
+    failures: dict[str, str] = {}
     rows = _rows(graph) if device.type == "cuda" else 0
     for name, rewrite, wanted in (
         (FOLDED, fold_layer_norms, rows >= _FOLDED_FROM),
         (SPLIT, split_linears, 0 < rows <= _SPLIT_TO),
     ):
-        form = own_copy(graph) if wanted else graph
-        if not wanted or not rewrite(form) or _without_kernel(form):
+        if not wanted:
             continue
-        form.graph.lint()
-        form.recompile()
-        forms[name] = form
+        try:
+            if (form := _rewritten(graph, rewrite)) is not None:
+                forms[name] = form
+        except Exception as error:  # noqa: BLE001 - for speed only: the graph itself computes the same
+            failures[name] = _why(error)
     if len(forms) == 1:
-        return Choice(graph, PLAIN, {})
-    times = _measure(forms, inputs, warmup, device, arithmetic)
+        return Choice(graph, PLAIN, {}, failures)
+    times = _measure(forms, inputs, warmup, device, arithmetic, failures)
     name = min(times, key=lambda n: times[n]) if times else PLAIN
-    return Choice(forms[name], name, times)
+    if name == PLAIN:  # where it cannot be recorded the engine finds the same reason, and reports it
+        failures = {n: why for n, why in failures.items() if why != failures.get(PLAIN)}
+    return Choice(forms[name], name, times, failures)
+
+
+def _rewritten(graph: fx.GraphModule, rewrite: Callable[[fx.GraphModule], int]) -> fx.GraphModule | None:
+    """A copy in another form; None where there is nothing to rewrite, or a kernel does not take what comes of it."""
+    form = own_copy(graph)
+    if not rewrite(form) or _without_kernel(form):
+        return None
+    form.graph.lint()
+    form.recompile()
+    return form
 
 
 def _rows(graph: fx.GraphModule) -> int:
@@ -102,18 +122,27 @@ def _measure(
     warmup: int,
     device: torch.device,
     arithmetic: Callable[[], AbstractContextManager[None]],
+    failures: dict[str, str],
 ) -> dict[str, float]:
+    """Milliseconds of the forms that can be recorded and replayed; the others go to `failures`."""
     recordings = {}
     for name, form in forms.items():
         try:
             with arithmetic():
                 recordings[name] = Recorder(device).record(form.forward, inputs, warmup)
-        except (NotRecordable, torch.OutOfMemoryError):
-            continue  # the engine meets the same obstacle, and reports it
-    if len(recordings) < 2:
-        return {}
+        except (NotRecordable, torch.OutOfMemoryError) as error:
+            failures[name] = _why(error)
     times: dict[str, list[float]] = {name: [] for name in recordings}
     for _ in range(_ROUNDS):  # in turns: the clocks drift
-        for name, recording in recordings.items():
-            times[name].append(call_ms(recording.replay, device, repeats=3))
+        for name in list(times):
+            try:
+                times[name].append(call_ms(recordings[name].replay, device, repeats=3))
+            except RuntimeError as error:  # a graph's first launch takes memory of the driver's own
+                failures[name] = _why(error)
+                del times[name], recordings[name]
     return {name: statistics.median(found) for name, found in times.items()}
+
+
+def _why(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"out of memory ({first})" if isinstance(error, torch.OutOfMemoryError) else first

@@ -193,10 +193,13 @@ class FasterTransformerEngine(Engine):
         times = {}
         for one in recorded:
             replay = functools.partial(self._replay, self._recordings[shapes_of(one)].run, one, "replayed")
-            times[batch.rows(one)] = (
-                call_ms(replay, self._device),
-                call_ms(functools.partial(self._run, one), self._device),
-            )
+            try:
+                times[batch.rows(one)] = (
+                    call_ms(replay, self._device),
+                    call_ms(functools.partial(self._run, one), self._device),
+                )
+            except torch.OutOfMemoryError as error:  # activations beside the recordings' own
+                self._refusals.append(f"batches are not padded to {_shown(shapes_of(one))}, out of memory: {error}")
         self._padding = Padding(batch, self._recordings, times)
         self._calls.clear()
 

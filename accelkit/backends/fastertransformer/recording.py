@@ -139,8 +139,9 @@ class Recorder:
         graph.reset()
         if _stop_reserving(self._device.index, self._pool):
             torch._C._cuda_releasePool(self._device.index, self._pool)
-        _end_counting(self._device)
+        torch._C._cuda_clearCublasWorkspaces()  # the runs before it left one, for a stream that nothing runs on any more
         torch.cuda.empty_cache()
+        _end_counting(self._device)
 
 
 def _stop_reserving(index: int, pool: Any) -> bool:
