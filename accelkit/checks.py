@@ -21,6 +21,7 @@ from accelkit.capture import Program
 from accelkit.errors import AccuracyError, warn
 from accelkit.lowering import EngineStore, Lowered
 from accelkit.measure import Timing, interleaved
+from accelkit.pass_api import OpenResult
 from accelkit.precision import Precision
 from accelkit.signature import Constant, TensorSpec
 from accelkit.tf32 import tensor_core_products
@@ -48,6 +49,7 @@ def check(
     precision: Precision,
     tolerance: float | None,
     store: EngineStore,
+    open_results: Sequence[OpenResult] = (),
 ) -> Checked:
     """Run the compiled graph on the example, judge it, and time it beside the original.
 
@@ -56,6 +58,7 @@ def check(
         graph: after the passes.
         model: the original (its twin), or None where only the program is at hand.
         store: remembers what was found for these very weights, inputs and engines.
+        open_results: where outputs are not compared, as passes declared.
 
     Raises:
         AccuracyError: an output is further from float64 than allowed.
@@ -78,7 +81,7 @@ def check(
     if random:
         checked.notes.append(f"not compared with float64: the model is random by itself ({', '.join(random[:3])})")
     else:
-        _judge(checked, program, results, original, model, precision, tolerance)
+        _judge(checked, program, results, original, model, precision, tolerance, open_results)
     with preserved(*owners), torch.no_grad():
         inputs = clone_inputs(program.inputs)
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -99,6 +102,7 @@ def _judge(
     model: nn.Module | None,
     precision: Precision,
     tolerance: float | None,
+    open_results: Sequence[OpenResult],
 ) -> None:
     names = [_output_name(program, i) for i in range(len(results))]
     owners = (program.graph,) if model is None else (program.graph, model)
@@ -121,6 +125,14 @@ def _judge(
     if model is not None and tolerance is None and any(map(_far, own, reference)):
         _require_same_program(program, own, names, owners)
     _tell_non_finite(checked.notes, program, reference)
+    for one in open_results:
+        kept = _where_kept(one, program)
+        results, reference = (_only(kept, one.output, values) for values in (results, reference))
+        plain = None if plain is None else _only(kept, one.output, plain)
+        checked.notes.append(
+            f"{names[one.output]}: compared at {int(kept.sum())} of {kept.numel()} positions, the others are no results "
+            f"({one.reason})"
+        )
     checked.accuracy = check_outputs(results, reference, plain, names, precision, tolerance)
     wrong = [o for o in checked.accuracy if not o.ok]
     if wrong:
@@ -131,6 +143,19 @@ def _judge(
             f"the compiled model is further from float64 than allowed: {listed}. Use a wider precision, keep the operators that "
             "need it in fp32, or allow more with tolerance=..."
         )
+
+
+def _where_kept(one: OpenResult, program: Program) -> torch.Tensor:
+    with torch.no_grad():
+        return one.kept(*clone_inputs(program.inputs))
+
+
+def _only(kept: torch.Tensor, output: int, values: Sequence[Any]) -> list[Any]:
+    """The outputs, one of them with zeros where it is not to be compared."""
+    value = values[output]
+    shape = (*kept.shape, *(1 for _ in value.shape[kept.dim() :]))
+    zeroed = torch.where(kept.reshape(shape).to(value.device), value, value.new_zeros(()))
+    return [*values[:output], zeroed, *values[output + 1 :]]
 
 
 _SAME_PROGRAM = 1e-2

@@ -38,6 +38,7 @@ from accelkit import graph as graphs
 
 if TYPE_CHECKING:
     import onnx
+    import torch
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,28 @@ class Refused(Exception):
     """Raised by `Match.require`; caught by the pass machinery, never seen by users."""
 
 
+@dataclass(frozen=True)
+class OpenResult:
+    """Where an output holds something else than the model's own, by a pass's design: it is not compared there.
+
+    Attributes:
+        output: its number.
+        kept: the graph's inputs -> a boolean tensor of the output's leading dimensions, True where it is to be compared.
+        reason: why, in words a user understands.
+    """
+
+    output: int
+    kept: Callable[..., torch.Tensor]
+    reason: str
+
+
 @dataclass
 class PassResult:
-    """What one run of a pass did; `GraphPass.run` fills it in through `rewrote` and `refused`."""
+    """What one run of a pass did; `GraphPass.run` fills it in through `rewrote`, `refused` and `leaves_open`."""
 
     rewrites: list[str] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    open: list[OpenResult] = field(default_factory=list)
 
     def rewrote(self, what: fx.Node | str) -> None:
         """Count one rewrite; `what` is the node (or words) that the report shows."""
@@ -71,6 +88,10 @@ class PassResult:
     def refused(self, where: fx.Node | str, reason: str) -> None:
         """Record one refusal with its reason."""
         self.refusals.append(Refusal(where.name if isinstance(where, fx.Node) else where, reason))
+
+    def leaves_open(self, output: int, kept: Callable[..., torch.Tensor], reason: str) -> None:
+        """Declare that an output is the model's own only where `kept` is True (see OpenResult); the report says so."""
+        self.open.append(OpenResult(output, kept, reason))
 
     @property
     def changed(self) -> bool:

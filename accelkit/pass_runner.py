@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
 from accelkit.errors import AccelkitError, PassError
-from accelkit.pass_api import GraphPass, OnnxPass, PassResult, Refusal
+from accelkit.pass_api import GraphPass, OnnxPass, OpenResult, PassResult, Refusal
 
 if TYPE_CHECKING:
     import onnx
@@ -45,6 +45,7 @@ class PassRecord:
         refusals: what was not, and why.
         nodes_before, nodes_after: operators in the graph (inputs and weights are not counted).
         seconds: time taken, the invariants' checks included.
+        open: where outputs are not the model's own, by the pass's design; not kept in files.
     """
 
     name: str
@@ -53,9 +54,12 @@ class PassRecord:
     nodes_before: int
     nodes_after: int
     seconds: float
+    open: tuple[OpenResult, ...] = field(default=(), repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        fields = asdict(replace(self, open=()))
+        del fields["open"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
     _compare(before, _facts(graph), one)
     return PassRecord(
         str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
-        time.perf_counter() - started,
+        time.perf_counter() - started, tuple(result.open),
     )  # fmt: skip
 
 

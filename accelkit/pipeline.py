@@ -159,7 +159,8 @@ class Plan:
         found.pieces = [PieceReport(p.operators, p.origin, p.engine.describe()) for p in lowered.pieces]
         found.refusals, found.torch_operators = lowered.refusals, lowered.torch_operators
         with self.progress.stage("checks", found.seconds):
-            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store)
+            open_results = [one for record in found.ledger for one in record.open]
+            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, open_results)
         _tell(found, checked, str(self.backend))
         return Variant(label, program, lowered, checked.samples)
 

@@ -196,9 +196,9 @@ def default_passes_with(changed: str, value: Any | None) -> Callable[[Case], lis
 
 def remove_padding(case: Case) -> list[Any]:
     """The default passes with remove_padding among them."""
-    from accelkit_passes.remove_padding import RemovePadding
+    from accelkit_passes import default_passes
 
-    return default_passes_with("remove_padding", RemovePadding())(case)
+    return list(default_passes(case.precision, remove_padding=True))
 
 
 ACCELKIT = "accelkit"

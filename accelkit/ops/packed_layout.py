@@ -36,10 +36,12 @@ def meaning(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
     check(mask)
     flat = mask.reshape(-1)
-    ends = flat.cumsum(0, dtype=torch.int32).reshape(mask.shape)
-    positions = torch.where(mask, ends - 1, -1).contiguous()
+    ends = flat.cumsum(0, dtype=torch.int32)  # kept tokens up to this one
+    positions = torch.where(flat, ends - 1, -1).reshape(mask.shape)
     offsets = F.pad(mask.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
-    sources = torch.argsort(flat.logical_not(), stable=True).to(torch.int32)
+    numbers = torch.arange(flat.shape[0], dtype=torch.int32, device=mask.device)
+    places = torch.where(flat, ends - 1, ends[-1:] + numbers - ends)
+    sources = torch.zeros_like(numbers).scatter(0, places.long(), numbers)
     return sources, positions, offsets, offsets[-1:].clone()
 
 

@@ -39,8 +39,14 @@ DEFAULT: tuple[str, ...] = (
 )
 
 
-def default_passes(precision: Precision | str = FP32) -> tuple[GraphPass | OnnxPass, ...]:
+def default_passes(
+    precision: Precision | str = FP32, *, remove_padding: bool = False
+) -> tuple[GraphPass | OnnxPass, ...]:
     """The passes of `optimize(passes=None)` for a precision, in order.
+
+    Args:
+        precision: as for `optimize`.
+        remove_padding: with the pass of that name, after the fusions; it changes what results hold at padding.
 
     Example:
         >>> [p.name for p in default_passes()][:2]
@@ -48,7 +54,10 @@ def default_passes(precision: Precision | str = FP32) -> tuple[GraphPass | OnnxP
     """
     precision = as_precision(precision)
     passes = []
-    for name in DEFAULT:
+    names = list(DEFAULT)
+    if remove_padding:
+        names.insert(names.index("eliminate_dead_code"), "remove_padding")
+    for name in names:
         if name == "set_precision" and precision.dtype is torch.float32:
             continue  # fp32 and tf32 are what the graph is in already
         class_name = "".join(word.capitalize() for word in name.split("_"))

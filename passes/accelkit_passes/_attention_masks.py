@@ -4,7 +4,7 @@
     where(m, 0, -3.4e38), masked_fill(0, ~m, -inf)      ->  keep m
     where(m, bias, -3.4e38)                             ->  keep m, add bias
     (1 - m) * -10000                                    ->  keep m                        where m is boolean
-    a constant: all True, or all 0                      ->  nothing
+    a constant: all True, or all 0; arange(n) >= 0      ->  nothing
     a number a query, the same for every key            ->  nothing                       softmax takes it off again
     a constant: lower triangular, static sizes          ->  causal
     expand(m), index(m, [arange, arange])               ->  m                             a view
@@ -45,6 +45,7 @@ _WHERE = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.w
 _FILL = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _ZEROS = (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 _ONES = (aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+_ARANGE = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _FULL = (aten.full.default, aten.full_like.default, aten.new_full.default)
 
 
@@ -207,6 +208,8 @@ class Simplifier:
         if node.target in _FULL:
             value = (bound_arguments(node) or {})["fill_value"]
             return float(value) if isinstance(value, (bool, int, float)) else None
+        if node.target is aten.ge.Scalar and node.args[1] == 0 and _counts_up(node.args[0]):
+            return 1.0  # transformers' mask that lets every query attend, at dynamic lengths
         return None
 
     def _constant_kind(self, term: Term) -> str:
@@ -220,6 +223,14 @@ class Simplifier:
         if key not in self.seen:
             self.seen[key] = _kind(term, constant, layout)
         return str(self.seen[key])
+
+
+def _counts_up(node: Any) -> bool:
+    """Whether the node is a view of arange(n): no number in it is negative."""
+    while isinstance(source := source_of(node), fx.Node):
+        node = source
+    bound = bound_arguments(node) or {}
+    return node.target in _ARANGE and bound.get("start", 0) == 0 and bound.get("step", 1) == 1
 
 
 def _same_for_every_key(term: Term) -> bool:
