@@ -14,7 +14,7 @@ PROGRAM = '''
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from accelkit.kernels import attention
+from accelkit.kernels import attention, rows
 from accelkit.kernels.attention_kernels import dense_kernel, variable_length_kernel
 from accelkit.kernels.attention_one_pass import one_pass_kernel
 from accelkit.kernels.norms_kernels import embedding_kernel, norm_kernel, wide_norm_kernel
@@ -71,6 +71,11 @@ for kernel in (norm_kernel, wide_norm_kernel):
     pointers = {"rows_ptr": "*i32", "residual_ptr": "*fp32"}
     compile(kernel, Config("", 1, 1, 2, 1), pointers, CENTRE=True, ROWS=1, BLOCK=1024, PDL=True)
 compile(embedding_kernel, Config("", 1, 1, 2, 1), {f"index_{i}_ptr": "*i64" for i in range(3)}, ROWS=1, BLOCK=1024, PDL=True)
+numbers = {f"{name}_ptr": "*i32" for name in ("counts", "sources", "positions", "offsets", "rows")}
+for kernel in (rows.count_kernel, rows.place_kernel):
+    compile(kernel, Config("", 1, 1, 4, 1), {**numbers, "mask_ptr": "*u8"}, BLOCK=128)
+for kernel in (rows.pack_kernel, rows.unpack_kernel):
+    compile(kernel, Config("", 1, 1, 4, 1), numbers, ROWS=4, BLOCK=1024)
 print("compiled")
 '''
 
