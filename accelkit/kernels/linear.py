@@ -72,12 +72,17 @@ class LinearProblem(NamedTuple):
 
 
 def default(problem: LinearProblem, hopper: bool, processors: int) -> LinearConfig:
-    """An implementation by rule; the limits are those of benchmarks/results, gemm_choices.json."""
+    """An implementation by rule; the limits follow benchmarks/results/h200/kernel_choices.json."""
     tiles = -(-problem.rows // 128) * -(-problem.features // 128)
     aligned = problem.width % 8 == 0 and problem.features % 8 == 0
-    epilogue = problem.activation != "none" or problem.residual
-    if hopper and aligned and tiles >= 2 * processors and (epilogue or problem.counted or problem.width <= 1024):
-        return _HOPPER
+    gelu = problem.activation in ("gelu", "silu")  # what cuBLAS has no epilogue for
+    if hopper and aligned and tiles >= (4 if problem.activation == "relu" else 2) * processors:
+        if problem.activation != "none" or problem.residual or problem.counted or problem.width <= 1024:
+            return _HOPPER
+    elif hopper and aligned and gelu and tiles >= processors:
+        return _HOPPER_TILES[1]
+    elif gelu and problem.rows <= 256 and problem.width % 128 == 0:
+        return LinearConfig("tiles", 64, 64, 128, 4, 4)
     if problem.counted:
         return LinearConfig("tiles", 64, 64, 64, 4, 5)
     return CUBLAS
