@@ -60,7 +60,7 @@ def main() -> int:
     table = {
         "columns": ["problem", "by rule, us", "fastest, us", "fastest", *(f"{p}, us" for p in PEERS)],
         "rows": [
-            [r["problem"], f"{r['rule_us']:.1f}", f"{r['fastest_us']:.1f}", r["fastest"], *("" if t is None else f"{t:.1f}" for t in p)]
+            [r["problem"], f"{r['rule_us']:.1f}", f"{r['fastest_us']:.1f}", r["fastest"], *(f"{t:.1f}" if t else "" for t in p)]
             for r, p in zip(rows, peers, strict=True)
         ],
     }  # fmt: skip

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from accelkit.backends.fastertransformer import FasterTransformer
 
 
+_LAUNCHES_MS = 0.3
+"""A replay faster than this cannot lose: launching a layer's kernels one by one takes about as long."""
+
+
 class FasterTransformerEngine(Engine):
     """A graph of fused operators and its recordings."""
 
@@ -180,9 +184,30 @@ class FasterTransformerEngine(Engine):
                 self._refusals.append(f"no CUDA graph for {_shown(shapes_of(one))}, out of memory: {error}")
             else:
                 recorded.append(one)
+        recorded = [one for one in recorded if self._pays(one)]
         self._memory_bytes = recorder.memory_bytes() if recorded else 0
         if self._backend.pad_batch and recorded and not isinstance(batch, str):
             self._allow_padding(batch, recorded)
+
+    def _pays(self, example: Sequence[Tensor]) -> bool:
+        """Whether replaying is faster than running without; a large batch copies more than its launches cost."""
+        recording = self._recordings[shapes_of(example)]
+        replay = functools.partial(self._replay, recording.run, example, "replayed")
+        replay_ms = call_ms(replay, self._device)
+        self._calls.clear()
+        if replay_ms < _LAUNCHES_MS:
+            return True
+        try:
+            run_ms = call_ms(functools.partial(self._run, example), self._device)
+        except torch.OutOfMemoryError:  # activations beside the recording's own
+            return True
+        if run_ms > 0.98 * replay_ms:
+            return True
+        del self._recordings[shapes_of(example)]
+        self._refusals.append(
+            f"no CUDA graph for {_shown(shapes_of(example))}: {run_ms:.3f} ms without against {replay_ms:.3f} ms with it"
+        )
+        return False
 
     def _allow_padding(self, batch: Any, recorded: Sequence[Sequence[Tensor]]) -> None:
         from accelkit.backends.fastertransformer.rowwise import why_not_rowwise
