@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import accelkit
-from accelkit.cli import bench, cache, demo, environment, optimize, passes, targets
+from accelkit.cli import bench, cache, demo, environment, optimize, passes, targets, tune
 from accelkit.cli.output import complain
 from accelkit.errors import AccelkitError, AccelkitWarning
 
@@ -30,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "env": environment,
     "passes": passes,
     "targets": targets,
+    "tune": tune,
     "cache": cache,
 }
 

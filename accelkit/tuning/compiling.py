@@ -105,11 +105,6 @@ class Compiler:
                     return
                 self._changed.wait(min(remaining, 1.0))
 
-    def unfinished(self, numbers: Sequence[int]) -> bool:
-        """Whether some of these are still being compiled elsewhere."""
-        with self._changed:
-            return self._running and any(n not in self._done for n in numbers)
-
     def _start(self) -> None:
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"}

@@ -94,6 +94,16 @@ def entries_of(device: torch.device) -> list[Entry]:
 def read(path: Path) -> list[Entry]:
     """A file's entries; empty, with a warning, where it is damaged."""
     try:
+        stamp = path.stat()
+    except OSError:
+        return []
+    return _read(path, stamp.st_mtime_ns, stamp.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, changed: int, size: int) -> list[Entry]:
+    """Once for each state of the file: the kinds of choice are loaded one after another, a warning is one."""
+    try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             return []
@@ -101,8 +111,6 @@ def read(path: Path) -> list[Entry]:
         if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
             raise TypeError("its entries are no list of objects")
         return entries
-    except FileNotFoundError:
-        return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warn(f"tuned choices cannot be read from {path} ({type(error).__name__}: {error}); the rules decide until "
              "`accelkit tune` measures anew")  # fmt: skip

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from accelkit.accuracy import FLOOR_EPSILONS, YARDSTICK_FACTOR
-from accelkit.errors import AccelkitError
+from accelkit.errors import AccelkitError, LoweringError
 from accelkit.measure import Timing, timing_of
 from accelkit.tuning.choices import Choices, to_json
 
 FIRST_ROUNDS, ROUNDS, DUEL_ROUNDS = 3, 9, 15
+NO_TIME = "the time budget was spent"
 DROPPED_FROM = 1.15
 """A candidate that is this many times slower than the fastest after the first rounds is not timed further."""
 
@@ -112,6 +113,11 @@ class Result:
     failed: dict[Any, str] = field(default_factory=dict)
 
     @property
+    def complete(self) -> bool:
+        """Whether no candidate was left out for want of time."""
+        return NO_TIME not in self.failed.values()
+
+    @property
     def gain(self) -> float:
         """How many times faster than the default; 1 where that stays."""
         return self.default_ms / self.choice_ms if self.default_ms and self.choice != self.default else 1.0
@@ -122,6 +128,7 @@ class Result:
 
         return {
             "kind": self.task.choices.kind,
+            "what": str(self.task),
             "problem": to_json(self.task.problem),
             "choice": to_json(self.choice),
             "default": to_json(self.default),
@@ -139,7 +146,8 @@ def measure(task: Task, timer: Timer, out_of_time: Callable[[], bool] = lambda: 
     """Measure a problem's candidates.
 
     Raises:
-        NotTuned: no candidate could be measured: no memory for its operands, none ran, no time.
+        NotTuned: no candidate could be measured: no memory for its operands, or none ran.
+        LoweringError: a candidate broke the GPU's context, which only a new process can mend.
     """
     with torch.no_grad():
         return _Measurement(task, timer, out_of_time).run()
@@ -157,13 +165,13 @@ class _Measurement:
         try:
             trial = self.task.trial()
             judge = _Judge(trial)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
             raise NotTuned(f"its operands cannot be made: {said_shortly(error)}") from None
         rounds = self._recorded(trial, judge)
         del judge  # and the float64 reference
         if not rounds:
             reasons = "; ".join(dict.fromkeys([*self.wrong.values(), *self.failed.values()]))
-            raise NotTuned(f"no candidate could be measured: {reasons or 'no time was left'}")
+            raise NotTuned(f"no candidate could be measured: {reasons or 'there are none'}")
         best = self._fastest(rounds)
         timings = {config: timing_of(samples) for config, samples in self.samples.items()}
         if best != self.default and self.default in rounds:
@@ -181,7 +189,7 @@ class _Measurement:
         rounds: dict[Any, Callable[[], float]] = {}
         for config in self.all:
             if rounds and self.out_of_time():
-                self.failed[config] = "no time was left"
+                self.failed[config] = NO_TIME
                 continue
             try:
                 if (fault := judge.fault(trial.run(config, 0))) is not None:
@@ -190,7 +198,20 @@ class _Measurement:
                 rounds[config] = self.timer(functools.partial(trial.run, config), trial.launches)
             except Exception as error:  # noqa: BLE001 - whatever a compiler or a launch may raise, told in the result
                 self.failed[config] = said_shortly(error)
+                self._require_gpu(config)
         return rounds
+
+    def _require_gpu(self, config: Any) -> None:
+        """After an invalid access a GPU answers nothing any more in this process, and nothing can be measured."""
+        if self.task.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.task.device)
+        except RuntimeError as error:
+            raise LoweringError(
+                f"the GPU no longer answers this process since {config} was tried for {self.task}: {said_shortly(error)}; "
+                "start a new process, and tune without this candidate or not at all"
+            ) from None
 
     def _fastest(self, rounds: dict[Any, Callable[[], float]]) -> Any:
         self.samples = {config: [] for config in rounds}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from accelkit.tuning import files
 from accelkit.tuning.compiling import Compiler
-from accelkit.tuning.measuring import NotTuned, Result, Task, Timer, measure
+from accelkit.tuning.measuring import NO_TIME, NotTuned, Result, Task, Timer, measure
 
 Progress = Callable[[int, int, str], None]
 """Called with the number of tasks that are done, of all, and what is being done."""
@@ -98,7 +98,8 @@ def tune(
         else:
             waiting.append(task)
     if waiting:
-        with ahead if ahead is not None else Compiler() as compiler:
+        on_gpu = any(task.device.type == "cuda" for task in waiting)
+        with ahead if ahead is not None else Compiler(None if on_gpu else 1) as compiler:
             _tune(waiting, timer, until, progress, compiler, outcome)
     return Outcome(outcome.results, outcome.known, outcome.left, time.monotonic() - began)
 
@@ -113,9 +114,6 @@ def _tune(
             compilations[id(task)] = compiler.note(task)
     compiler.go()
     for done, task in enumerate(tasks):
-        if time.monotonic() >= until:
-            outcome.left[str(task)] = "the time budget was spent"
-            continue
         words = str(task)
 
         def told(compiled: int, of: int, done: int = done, words: str = words) -> None:
@@ -123,6 +121,9 @@ def _tune(
 
         progress(done, len(tasks), words)
         compiler.wait(compilations.get(id(task), []), until, told)
+        if time.monotonic() >= until:
+            outcome.left[words] = NO_TIME
+            continue
         try:
             result = measure(task, timer, lambda: time.monotonic() >= until)
         except NotTuned as error:
@@ -130,7 +131,10 @@ def _tune(
             continue
         outcome.results.append(result)
         task.choices[task.device, task.problem] = result.choice
-        files.keep(task.device, [result.to_json()])
+        if result.complete:
+            files.keep(task.device, [result.to_json()])
+        else:  # good enough for this process; the next one starts again
+            outcome.left[words] = f"{NO_TIME} after {len(result.times_ms)} of {len(task.candidates())} candidates"
     progress(len(tasks), len(tasks), "")
 
 

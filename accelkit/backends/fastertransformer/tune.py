@@ -10,21 +10,33 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from accelkit import graph as graphs
-from accelkit.backends.fastertransformer.prepare import own_copy, why_no_kernel
+from accelkit.backend_api import CompileContext
+from accelkit.backends.fastertransformer.prepare import own_copy, prepare, why_no_kernel
 from accelkit.backends.fastertransformer.recording import Recorder
 from accelkit.backends.fastertransformer.split_linear import split_linears
-from accelkit.ops import operator_of
+from accelkit.capture import capture
+from accelkit.models import Inputs
+from accelkit.ops import OPERATORS, operator_of
+from accelkit.ops.decompose import decomposed_for
+from accelkit.options import canonical_example, resolve_passes
+from accelkit.pass_runner import run_passes
+from accelkit.precision import Precision
 from accelkit.tuning.measuring import Task
 from accelkit.tuning.problems import task_of
 from accelkit.tuning.tuner import Outcome, Progress, tune
+from accelkit.twin import eval_twin
 
 DEFAULT_S = 60.0
 """What `FasterTransformer(tune=True)` may take."""
 
 _SPLIT_TO = 4096  # rows: more fill a GPU without splitting
+
+
+def _silent(done: int, total: int, words: str) -> None:
+    """Progress that nobody wants to see."""
 
 
 def seconds_of(tune: bool | float) -> float:
@@ -37,12 +49,39 @@ def tune_graph(
     examples: Iterable[Sequence[Tensor]],
     seconds: float,
     device: torch.device,
-    progress: Progress = lambda done, total, words: None,
+    progress: Progress = _silent,
     again: bool = False,
 ) -> Outcome:
     """Tune every problem of a prepared graph at these examples' sizes."""
-    tasks = [task for inputs in examples for task in tasks_of(graph, inputs)]
-    return tune(tasks, GraphTimer(device), seconds=seconds, progress=progress, again=again)
+    return tune_tasks(
+        [task for inputs in examples for task in tasks_of(graph, inputs)], seconds, device, progress, again
+    )
+
+
+def tune_tasks(
+    tasks: Iterable[Task], seconds: float, device: torch.device, progress: Progress = _silent, again: bool = False
+) -> Outcome:
+    """Tune problems on a GPU; what memory they took goes back to it."""
+    try:
+        return tune(tasks, GraphTimer(device), seconds=seconds, progress=progress, again=again)
+    finally:
+        torch.cuda.empty_cache()
+
+
+def tasks_of_model(model: nn.Module, inputs: Inputs, precision: Precision) -> list[Task]:
+    """What there is to choose in a model, for inputs of these sizes, after the default passes.
+
+    Raises:
+        CaptureError: torch.export cannot capture it whole; `FasterTransformer(tune=True)` tunes its pieces.
+    """
+    args, kwargs = canonical_example(inputs)
+    program = capture(eval_twin(model), args, kwargs)
+    graph_passes, _ = resolve_passes(None, precision)
+    run_passes(program.graph, graph_passes)
+    with torch.no_grad():
+        graph, _ = decomposed_for("fastertransformer", frozenset(OPERATORS), program.graph, [])
+        prepared = prepare(graph, program.inputs, CompileContext(precision))
+        return tasks_of(prepared, program.inputs)
 
 
 def tasks_of(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> list[Task]:
