@@ -51,10 +51,14 @@ def fold_layer_norms(graph: fx.GraphModule) -> int:
     folded_rows = {use: norm for norm in candidates.values() if norm.folds for use in norm.normalised}
     # One that does not fold, but whose residual does, adds it in the epilogue and is a layer norm of its own after that.
     found = {n: norm for n, norm in candidates.items() if norm.folds or norm.bound["residual"] in folded_rows}
-    by_linear = {norm.linear: norm for norm in found.values()}
+    before_norms = {norm.linear for norm in found.values()}
     for node in list(graph.graph.nodes):
-        if node.target is _LINEAR and (node in by_linear or node.args[0] in folded_rows):
-            _rewrite(graph, node, folded_rows.get(node.args[0]), by_linear.get(node), folded_rows)
+        # A linear layer before a norm is rewritten where the norm stands: by then its residual has been.
+        after = found.get(node)
+        linear = node if after is None else after.linear
+        rows: Any = linear.args[0] if linear.target is _LINEAR else None
+        if after is not None or (rows in folded_rows and node not in before_norms):
+            _rewrite(graph, linear, folded_rows.get(rows), after, folded_rows)
     dead = {use for norm in found.values() for use in (*norm.normalised, *norm.sums, norm.node, norm.linear)}
     for node in reversed(graph.graph.nodes):
         if node in dead:
@@ -71,6 +75,7 @@ def _foldable(graph: fx.GraphModule, node: fx.Node) -> _Norm | None:
         not isinstance(linear, fx.Node)
         or linear.target is not _LINEAR
         or len(linear.users) != 1
+        or bound["residual"] is linear
         or bound["rows"] is not None
     ):
         return None

@@ -31,6 +31,7 @@ def _rewritten(graph: fx.GraphModule, norm: fx.Node) -> bool:
         not isinstance(linear, fx.Node)
         or linear.target is not _LINEAR
         or len(linear.users) != 1
+        or bound["residual"] is linear
         or bound["rows"] is not None
     ):
         return False
