@@ -19,7 +19,7 @@ from accelkit import ops
 from accelkit.graph import val
 from accelkit_passes._fusion import RESHAPES, bound, require
 from accelkit_passes._proofs import proved, same_sizes
-from accelkit_passes._token_rules import Tokens
+from accelkit_passes._token_rules import Tokens, call_on_rows, is_linear
 
 aten = torch.ops.aten
 ATTENTION = ops.attention.OPERATOR.overload
@@ -91,7 +91,7 @@ def key_mask(attention: fx.Node, values: Values) -> KeyMask:
     by_key = value.dim() == 4 and all(proved(size == 1) for size in value.shape[1:3])
     require(by_key, f"its mask ({mask.name}, {shape}) differs by query or head: no mask of padding alone")
     sizes = (query.shape[0], query.shape[1])
-    require(same_sizes(sizes, key.shape[:2]), "its queries and keys are not known to be the same tokens")
+    require(same_sizes(sizes, key.shape[:2]), "it has other numbers of queries than of keys, or they may differ")
     one_a_token = same_sizes((value.shape[0], value.shape[3]), sizes)
     require(
         one_a_token, f"its mask ({mask.name}, {shape}) is not one number for each of {list(query.shape[:2])} tokens"
@@ -99,7 +99,25 @@ def key_mask(attention: fx.Node, values: Values) -> KeyMask:
     kind = arguments["kind"]
     require(kind in ("auto", "triton"), f"it was asked to run as {kind!r}, which takes no packed rows")
     tokens = Tokens(sizes)
+    queries, *others = (_projected(arguments[name], tokens, values) for name in ("query", "key", "value"))
+    require(bool(queries.intersection(*others)), "its queries, keys and values are not projections of the same tokens")
     return KeyMask(_as_tokens(mask, tokens, values), tokens)
+
+
+def _projected(node: fx.Node, tokens: Tokens, values: Values) -> set[fx.Node]:
+    """What the linear layers nearest to the node project: equal sizes alone do not tell self-attention from cross-attention."""
+    found: set[fx.Node] = set()
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        call = call_on_rows(node, tokens)
+        operands = [] if call is None else [o for o in call.roles if call.reads_tokens(o)]
+        if not operands or is_linear(node):
+            found.update(map(values.same, operands or [node]))
+            continue
+        stack += [operand for operand in operands if operand not in seen]
+        seen.update(operands)
+    return found
 
 
 def _as_tokens(mask: fx.Node, tokens: Tokens, values: Values) -> fx.Node:
@@ -126,13 +144,13 @@ def leaves_out(attention: fx.Node, node: fx.Node, mask: KeyMask, values: Values)
     return same and _as_tokens(other, mask.tokens, values) is mask.node
 
 
-def is_zero_at_padding(node: fx.Node, mask: KeyMask, values: Values) -> bool:
-    """Whether the operator's result is the same whatever its operands hold at padding, by multiplying or filling it."""
+def hides_padding(node: fx.Node, read: fx.Node, mask: KeyMask, values: Values) -> bool:
+    """Whether the operator's result is the same whatever its operand `read` holds at padding: it is multiplied by 0 or filled."""
     arguments = bound(node)
     if node.target is aten.mul.Tensor:
         return any(_is_zero(arguments[name], node, mask, values) for name in ("self", "other"))
     if node.target in (aten.where.self, aten.where.ScalarOther):
-        return _is_zero(arguments["condition"], node, mask, values)
+        return arguments["other"] is not read and _is_zero(arguments["condition"], node, mask, values)
     if node.target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
         filled = arguments["mask"]
         return _beside(filled, node, mask.tokens) and _is_inverse(filled, mask, values)

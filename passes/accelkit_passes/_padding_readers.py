@@ -21,7 +21,7 @@ from torch import fx
 from accelkit import graph as graphs
 from accelkit.graph import val
 from accelkit_passes._fusion import bound, require
-from accelkit_passes._padding_masks import KeyMask, Values, is_zero_at_padding, leaves_out
+from accelkit_passes._padding_masks import KeyMask, Values, hides_padding, leaves_out
 from accelkit_passes._token_rules import Call, Tokens, call_on_rows
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def _after(node: fx.Node, reader: fx.Node, value: Open, mask: KeyMask, values: V
     """What the reader's result holds; None where padding does not show in it."""
     if graphs.is_size(reader) or reader.target in _SHAPE_ONLY:
         return None
-    if not value.picks and (is_zero_at_padding(reader, mask, values) or leaves_out(reader, node, mask, values)):
+    if not value.picks and (hides_padding(reader, node, mask, values) or leaves_out(reader, node, mask, values)):
         return None
     call = call_on_rows(reader, value.tokens)
     if call is not None and call.reads_tokens(node):

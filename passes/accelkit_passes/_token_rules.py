@@ -116,6 +116,11 @@ def is_worth_packing(node: fx.Node) -> bool:
     return node.target in _COSTLY
 
 
+def is_linear(node: fx.Node) -> bool:
+    """Whether the node is a linear layer."""
+    return node.target in (aten.linear.default, LINEAR)
+
+
 def _elementwise(node: fx.Node, arguments: dict[str, Any], tokens: Tokens) -> Call | None:
     if not isinstance(val(node), torch.Tensor) or arguments.get("memory_format") in _FOR_IMAGES:
         return None

@@ -33,7 +33,7 @@ from accelkit import graph as graphs
 from accelkit.pass_api import GraphPass, PassResult, Refused
 from accelkit_passes._fusion import require
 from accelkit_passes._packed_graph import ATTENTION, PackedGraph, attention_on_rows
-from accelkit_passes._padding_masks import KeyMask, Values, key_mask
+from accelkit_passes._padding_masks import KeyMask, Values, hides_padding, key_mask
 from accelkit_passes._padding_readers import open_outputs
 from accelkit_passes._token_rules import Call, call_on_rows, is_worth_packing
 
@@ -59,7 +59,7 @@ class RemovePadding(GraphPass):
                 groups.setdefault(mask.node, (mask, []))[1].append(node)
         for mask, attentions in groups.values():
             try:
-                region = _region(graph, mask, attentions)
+                region = _region(graph, mask, attentions, values)
                 outputs = open_outputs(graph, region, mask, values)
                 PackedGraph(graph, mask, region).build()
             except Refused as refusal:
@@ -81,7 +81,7 @@ def _tell(
         result.leaves_open(index, kept, "padding removed: zeros there")
 
 
-def _region(graph: fx.GraphModule, mask: KeyMask, attentions: list[fx.Node]) -> dict[fx.Node, Call]:
+def _region(graph: fx.GraphModule, mask: KeyMask, attentions: list[fx.Node], values: Values) -> dict[fx.Node, Call]:
     """The nodes to compute on packed rows, in the graph's order, each with its call: all that are connected with these
     attentions through operators on each token alone."""
     require(not any(map(graphs.is_mutating, graph.graph.nodes)), "the graph writes to memory")
@@ -96,8 +96,7 @@ def _region(graph: fx.GraphModule, mask: KeyMask, attentions: list[fx.Node]) -> 
             call = call_on_rows(user, mask.tokens) if user not in found else None
             if call is not None and call.reads_tokens(node):
                 _add(user, call, found, stack)
-    ordered = {node: found[node] for node in graph.graph.nodes if node in found}
-    return _trimmed(ordered)
+    return _trimmed({node: found[node] for node in graph.graph.nodes if node in found}, mask, values)
 
 
 def _add(node: fx.Node, call: Call | None, found: dict[fx.Node, Call], stack: list[fx.Node]) -> None:
@@ -106,10 +105,13 @@ def _add(node: fx.Node, call: Call | None, found: dict[fx.Node, Call], stack: li
         stack.append(node)
 
 
-def _trimmed(region: dict[fx.Node, Call]) -> dict[fx.Node, Call]:
+def _trimmed(region: dict[fx.Node, Call], mask: KeyMask, values: Values) -> dict[fx.Node, Call]:
     """Without what is cheap at either end, which would only be packed or unpacked in another form."""
     for node in reversed(list(region)):
-        if not is_worth_packing(node) and not any(user in region for user in node.users):
+        operands = [source for source in node.all_input_nodes if source in region]
+        # the last sum of a pre-norm model stays: both of its operands would be unpacked instead of it
+        one_for_one = len(operands) < 2 or any(hides_padding(node, read, mask, values) for read in operands)
+        if not is_worth_packing(node) and one_for_one and not any(user in region for user in node.users):
             del region[node]
     for node in list(region):
         if not is_worth_packing(node) and not any(source in region for source in node.all_input_nodes):

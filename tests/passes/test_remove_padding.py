@@ -300,19 +300,24 @@ class Attending(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.layers, self.how = nn.ModuleList(Layer() for _ in range(2)), how
-        self.queries = nn.Parameter(torch.randn(4, 3, WIDTH))
+        self.queries, self.same = (nn.Parameter(torch.randn(4, length, WIDTH)) for length in (3, 5))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         kept = mask.bool()
         x = self.layers[0](x, kept)
-        if self.how == "cross":  # the second layer's queries are not the tokens
-            heads = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.queries, x, x))
+        if self.how.startswith("cross"):  # the second layer's queries are not the tokens
+            queries = self.queries if self.how == "cross" else self.layers[1].out(self.same)
+            heads = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (queries, x, self.layers[1].out(x)))
             return F.scaled_dot_product_attention(*heads, kept[:, None, None, :]).transpose(1, 2)
         return self.layers[1](x, {"none": None, "other": kept | (mask == 2)}[self.how])
 
 
-def test_other_queries_that_attend_to_the_kept() -> None:
-    assert check(Attending("cross"), *inputs(*PADDED)).open == ()
+@pytest.mark.parametrize("how", ["cross", "cross, of the same sizes"])
+def test_other_queries_that_attend_to_the_kept(how: str) -> None:
+    """They are no padding, though the mask has their sizes."""
+    record = check(Attending(how), *inputs(*PADDED))
+    assert record.open == ()
+    assert len(record.refusals) == 1
 
 
 def test_two_masks() -> None:
@@ -330,6 +335,14 @@ LEFT_ALONE: dict[str, tuple[nn.Module, str]] = {
     "relative positions": (Model(bias=torch.randn(5, 5)), "is added to the scores: no mask of padding alone"),
     "tokens moved between the layers": (
         Between(lambda self, x, mask: x.flip(1) * mask[..., None]), "(aten.flip.default) reads padding into results of other tokens"
+    ),
+    "padding chosen": (
+        Model(lambda self, hidden, mask: torch.where(mask.unsqueeze(-1), self.positions[0], hidden).sum(1)),
+        "(aten.sum.dim_IntList) reads padding into results of other tokens",
+    ),
+    "another mask's mean": (
+        Model(lambda self, hidden, mask: (hidden * mask.roll(1, 1).unsqueeze(-1)).sum(1)),
+        "(aten.sum.dim_IntList) reads padding into results of other tokens",
     ),
     "a mean over padding": (
         Model(lambda self, hidden, mask: hidden.mean(1)), "mean (aten.mean.dim) reads padding into results of other tokens"
