@@ -22,6 +22,7 @@ from accelkit.ops import (
     residual_layer_norm,
     residual_rms_norm,
     row_moments,
+    sparse_attention,
     unpack_rows,
     variable_length_attention,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "residual_layer_norm",
     "residual_rms_norm",
     "row_moments",
+    "sparse_attention",
     "unpack_rows",
     "variable_length_attention",
 ]

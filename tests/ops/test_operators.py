@@ -279,6 +279,22 @@ CASES = {
         },
         attention,
     ),
+    "sparse attention": Case(
+        "sparse_attention",
+        lambda: {
+            **dict(zip(("query", "key", "value"), r(2, 7, 3, 2, 8).unbind(2), strict=True)),
+            "allowed": (torch.arange(7)[:, None] - torch.arange(7)).abs() < 2,
+        },
+        lambda allowed, **given: attention(mask=allowed, **given),
+    ),
+    "sparse attention, grouped, oblong with an empty row, fp16": Case(
+        "sparse_attention",
+        lambda: {
+            "query": r(1, 130, 4, 32, dtype=half), "key": r(1, 9, 2, 32, dtype=half), "value": r(1, 9, 2, 32, dtype=half),
+            "allowed": (torch.arange(130)[:, None] + torch.arange(9)) % 3 < (torch.arange(130) != 4)[:, None], "scale": 0.3,
+        },
+        lambda allowed, **given: attention(mask=allowed, **given),
+    ),
     "places of packed rows": Case(
         "packed_layout",
         lambda: {"mask": torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]], dtype=torch.bool).t()},
@@ -407,6 +423,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("attention", {"value": r(2, 6, 2, 8)}, "key and value in length"),
     ("attention", {"query": r(2, 7, 3, 8)}, "a multiple of the key's"),
     ("attention", {"mask": torch.ones(2, 1, 1, 6, dtype=torch.bool)}, "does not broadcast"),
+    ("sparse_attention", {"allowed": torch.ones(7, 7)}, r"boolean \[length, keys\], not torch.float32\[7, 7\]"),
+    ("sparse_attention", {"allowed": torch.ones(7, 8, dtype=torch.bool)}, "does not broadcast"),
+    ("sparse_attention", {"key": r(2, 7, 2, 4)}, "agree in batch"),
     ("packed_layout", {"mask": torch.ones(2, 3)}, r"boolean \[batch, length\]"),
     ("pack_rows", {"x": r(2, 4, 4)}, "has 8 rows, and there are 6 sources"),
     ("pack_rows", {"sources": torch.arange(6)}, "int32"),

@@ -197,6 +197,23 @@ def _linear_activation(analysis: _Analysis, node: fx.Node, bound: Bound) -> str 
     return None
 
 
+def _folded_linear(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
+    weights = [value for name, value in bound.items() if name not in ("x", "residual", "moments", "residual_moments")]
+    if any(n in analysis.rows for n in _nodes(weights)):
+        return "takes rows where a weight is expected"
+    x, taken = bound["x"], [bound[name] for name in ("residual", "moments", "residual_moments")]
+    if _ndim(x) < 2 or any(value is not None and _ndim(value) != _ndim(x) for value in taken):
+        return "works across the batch"
+    return None
+
+
+def _linear_and_norm(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
+    weights = [value for name, value in bound.items() if name not in ("x", "residual")]
+    if any(n in analysis.rows for n in _nodes(weights)):
+        return "takes rows where a weight is expected"
+    return "works across the batch" if _ndim(bound["x"]) < 2 or _ndim(bound["x"]) != _ndim(bound["residual"]) else None
+
+
 def _product(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
     left, right = list(bound.values())[:2]
     if analysis.is_rows(right):
@@ -209,7 +226,7 @@ def _product(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
 def _attention(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
     if not all(analysis.is_rows(bound[name]) and _ndim(bound[name]) == 4 for name in ("query", "key", "value")):
         return "attends across the batch"
-    mask = bound.get("mask", bound.get("attn_mask"))
+    mask = bound.get("mask", bound.get("attn_mask", bound.get("allowed")))
     if analysis.is_rows(mask) and _ndim(mask) != 4:
         return "attends across the batch"
     return "drops at random" if bound.get("dropout_p") else None
@@ -298,8 +315,11 @@ _RULES: dict[str, Rule] = _table({
     "contiguous clone to _to_copy detach alias dropout masked_fill where type_as __and__ __or__ __xor__": _elementwise,
     "full zeros ones new_zeros new_ones new_full zeros_like ones_like full_like": _filled,
     "arange": _numbered, "embedding": _embedding, "scaled_dot_product_attention": _attention,
-    "accelkit::attention": _attention, "accelkit::linear_activation": _linear_activation,
+    "accelkit::attention": _attention, "accelkit::sparse_attention": _attention,
+    "accelkit::linear_activation": _linear_activation,
     "accelkit::residual_layer_norm accelkit::residual_rms_norm": _fused_normalised,
+    "accelkit::folded_linear": _folded_linear, "accelkit::row_moments": _at_least(3),
+    "accelkit::linear_residual_layer_norm": _linear_and_norm,
     "accelkit::embedding_layer_norm": _embedding_layer_norm, "accelkit::patch_embedding": _at_least(4),
 })  # fmt: skip
 
