@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from planted import Planted, optimize
-from torch import nn
+from torch import fx, nn
 
 from accelkit import AccuracyError
+from accelkit import graph as graphs
 from accelkit.accuracy import relative_error
+from accelkit.pass_api import GraphPass, PassResult
 
 pytestmark = pytest.mark.filterwarnings("ignore::accelkit.AccelkitWarning")
 
@@ -125,3 +128,35 @@ def test_building_leaves_state_and_statistics_as_they_were() -> None:
     torch.testing.assert_close(fast(x), own(x))
     torch.testing.assert_close(model.mean, own.mean)
     torch.testing.assert_close(model.variance, own.variance)
+
+
+@dataclass(frozen=True)
+class Negated(GraphPass):
+    """x -> -x for the rows `negated`; declares that of the rows `open`."""
+
+    negated: tuple[float, ...]
+    open: tuple[bool, ...]
+
+    def run(self, graph: fx.GraphModule) -> PassResult:
+        result = PassResult()
+        ((output,),) = graph.graph.output_node().args
+        name = graphs.set_attribute(graph, "signs", 1 - 2 * torch.tensor(self.negated)[:, None])
+        with graph.graph.inserting_before(graph.graph.output_node()):
+            signs = graph.graph.get_attr(name)
+            changed = graph.graph.call_function(torch.ops.aten.mul.Tensor, (output, signs))
+        graph.graph.output_node().args = ((changed,),)
+        result.rewrote(changed)
+        result.leaves_open(0, lambda x: ~torch.tensor(self.open), "by design")
+        return result
+
+
+def test_what_a_pass_leaves_open_is_not_compared_and_the_rest_is() -> None:
+    model, x = nn.Linear(4, 5), torch.randn(3, 4)
+    fast = optimize(model, x, passes=[Negated((0, 1, 0), (False, True, False))])
+    variant = fast.report().variants[0]
+    assert variant.accuracy[0].error < 1e-6
+    assert "compared at 2 of 3 positions, the others are no results (by design)" in variant.notes[0]
+    with torch.no_grad():
+        assert torch.allclose(fast(x)[1], -model(x)[1])
+    with pytest.raises(AccuracyError):
+        optimize(model, x, passes=[Negated((1, 1, 0), (False, True, False))])
