@@ -88,7 +88,7 @@ def candidates(
                 if block_m <= max(64, 2 * length) and block_n <= max(64, keys)
             ]
     elif dtype is not torch.float32:
-        found += [AttentionConfig("pointers", m, n, w, 2) for m, n, w in ((64, 64, 4), (64, 32, 8), (128, 32, 8))]
+        found += [AttentionConfig("pointers", m, n, w, 2) for m, n, w in ((64, 32, 8), (128, 32, 8))]
     fitting = [c for c in found if _shared_bytes(c, block_d, dtype) <= _SHARED_BYTES]
     return list(dict.fromkeys(fitting))
 

@@ -146,7 +146,7 @@ def test_threads_with_streams_of_their_own(model: nn.Module) -> None:
             for _ in range(50):
                 x = torch.randn(4, 50, 128, device="cuda", dtype=torch.float16, generator=generator)
                 (result,), (expected,) = engine(x), plain(x)
-                if not torch.equal(result, expected):
+                if relative_error(result, expected.double()) > 1e-3:  # their forms may differ, and round differently
                     wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]

@@ -22,6 +22,11 @@ pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
+on_gpu = pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="this onnxruntime has no CUDA provider"
+)
+
+
 class Shapes(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
         return x.flatten(0, 1) * 2, y + 1, x.new_zeros(3) + 1, torch.nonzero(y), torch.cat([x, x], 1)
@@ -93,6 +98,7 @@ def error(results: Any, model: nn.Module, *inputs: torch.Tensor) -> float:
 ALLOWED = {"fp32": 1e-5, "tf32": 3e-3, "fp16": 3e-3, "bf16": 2e-2}
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dialect", ["com.microsoft", "standard"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "fp16", "bf16"])
@@ -112,6 +118,7 @@ def engine_of(model: nn.Module, *inputs: torch.Tensor, dynamic_shapes: Any = Non
     return OnnxRuntime(**options).compile(graph, inputs, context), graph
 
 
+@on_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_streams_threads_and_own_results(cuda_graph: bool) -> None:
@@ -138,6 +145,7 @@ def test_streams_threads_and_own_results(cuda_graph: bool) -> None:
     assert not failures
 
 
+@on_gpu
 @pytest.mark.gpu
 def test_dynamic_and_data_dependent_sizes_beside_a_graph() -> None:
     class Model(nn.Module):
@@ -158,6 +166,7 @@ def test_dynamic_and_data_dependent_sizes_beside_a_graph() -> None:
         torch.testing.assert_close(engine(x)[0], graph(x)[0], atol=1e-3, rtol=1e-3)
 
 
+@on_gpu
 @pytest.mark.gpu
 def test_the_host_does_not_wait() -> None:
     engine, _ = engine_of(nn.Linear(64, 64).cuda(), torch.randn(32, 64).cuda())
@@ -171,6 +180,7 @@ def test_the_host_does_not_wait() -> None:
     torch.cuda.synchronize()
 
 
+@on_gpu
 @pytest.mark.gpu
 def test_a_cpu_provider_leaves_gpu_tensors_to_pytorch() -> None:
     x = torch.randn(2, 8).cuda()

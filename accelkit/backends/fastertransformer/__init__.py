@@ -32,7 +32,8 @@ class FasterTransformer(Backend):
             independently and that measured faster.
         warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
         tune: whether to measure, while compiling, which kernel and configuration each fused operator runs with on this GPU:
-            False uses what is known from earlier tuning and else rules; True takes 60 seconds at most, a number so many.
+            False uses what is known from earlier tuning and else rules; True takes 60 seconds at most for each engine, a
+            number so many.
     """
 
     cuda_graph: bool = True
