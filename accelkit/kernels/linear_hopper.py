@@ -149,7 +149,10 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
             mbarrier.expect(residual_ready.index(me), HALVES * residual_desc.block_type.nbytes)
             for half in gl.static_range(HALVES):
                 tma.async_copy_global_to_shared(
-                    residual_desc, [row, column + half * GROUP], residual_ready.index(me), out_buffers.index(HALVES * me + half)
+                    residual_desc,
+                    [row, column + half * GROUP],
+                    residual_ready.index(me),
+                    out_buffers.index(HALVES * me + half),
                 )
         # Loaded now, used in the epilogue: the products hide the wait.
         m = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, ACC))
@@ -301,7 +304,9 @@ def linear(
     w_desc = TensorDescriptor.from_tensor(weight, [block_n, 64], _layout(block_n, x.dtype))
     out_desc = TensorDescriptor.from_tensor(out, [block_m, 64], _layout(block_m, x.dtype))
     residual_desc = (
-        out_desc if residual is None else TensorDescriptor.from_tensor(residual, [block_m, 64], _layout(block_m, x.dtype))
+        out_desc
+        if residual is None
+        else TensorDescriptor.from_tensor(residual, [block_m, 64], _layout(block_m, x.dtype))
     )
     groups = x.new_empty((m, n // 64, 2), dtype=torch.float32) if statistics else None
     grid = (min(_processors(x.device), -(-m // block_m) * -(-n // block_n)),)

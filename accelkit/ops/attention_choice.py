@@ -85,14 +85,17 @@ def problem_of(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kind: str = "auto"
 ) -> AttentionProblem | None:
     """The problem of these operands; None where a size is not known yet."""
+    batch, length, heads, width = query.shape
     keys, key_heads = key.shape[1:3]
-    sizes = (*query.shape, keys, key_heads, value.shape[3])
-    if not all(isinstance(size, int) for size in sizes):
+    value_width = value.shape[3]
+    if not all(isinstance(size, int) for size in (batch, length, heads, width, keys, key_heads, value_width)):
         return None
     dtype = query.dtype
     tf32 = dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    packed = query.stride(1) > query.shape[2] * query.shape[3] or key.stride(1) > key_heads * key.shape[3]
-    return AttentionProblem(*sizes, dtype, tf32, mask_form(mask), causal, packed, kind)
+    packed = query.stride(1) > heads * width or key.stride(1) > key_heads * width
+    return AttentionProblem(
+        batch, length, heads, width, keys, key_heads, value_width, dtype, tf32, mask_form(mask), causal, packed, kind
+    )
 
 
 def mask_form(mask: Tensor | None) -> str:
@@ -130,7 +133,7 @@ def candidates_on(device: torch.device, problem: AttentionProblem) -> list[Atten
     if p.kind == "triton":
         return found
     others = ("cudnn", "flash", "efficient", *(("xformers",) if attention_kinds.without_xformers() is None else ()))
-    return [*(AttentionChoice(kind) for kind in others), *found]
+    return list(dict.fromkeys([default_on(device, problem), *(AttentionChoice(kind) for kind in others), *found]))
 
 
 chosen = Choices("attention", AttentionProblem, AttentionChoice, candidates_on)
