@@ -40,7 +40,7 @@ class Compiler:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Compiler:
-        if self.workers > 1 and sys.platform != "win32":
+        if self.workers > 1 and sys.executable and hasattr(os, "fork"):
             self._start()
         return self
 

@@ -27,6 +27,7 @@ from accelkit.errors import CacheError, warn
 FORMAT = 1
 LOCK_TIMEOUT_S = 30.0
 Entry = dict[str, Any]
+_DAMAGED = (ValueError, KeyError, TypeError, RecursionError)
 
 
 class Environment(NamedTuple):
@@ -75,7 +76,7 @@ def environment_of(device: torch.device) -> Environment:
 
 def folder() -> Path | None:
     """Where the files are; None where the user has no cache folder."""
-    cache = EngineCache().folder
+    cache = EngineCache(max_bytes=0).folder  # of the environment only the folder is asked
     return None if cache is None else cache / "tuning"
 
 
@@ -97,23 +98,41 @@ def read(path: Path) -> list[Entry]:
         stamp = path.stat()
     except OSError:
         return []
-    return _read(path, stamp.st_mtime_ns, stamp.st_size)
+    return _read_once(path, stamp.st_ino, stamp.st_mtime_ns, stamp.st_size)
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, changed: int, size: int) -> list[Entry]:
-    """Once for each state of the file: the kinds of choice are loaded one after another, a warning is one."""
+def _read_once(path: Path, *state: int) -> list[Entry]:
+    """For each state of a file: the kinds of choice are loaded one after another, a warning is one."""
+    try:
+        return _parsed(path)
+    except (OSError, *_DAMAGED) as error:
+        warn(
+            f"tuned choices cannot be read from {path} ({type(error).__name__}: {error}); the rules decide until "
+            "`accelkit tune` measures anew"
+        )
+        return []
+
+
+def _parsed(path: Path) -> list[Entry]:
+    """The entries; none where there is no file, or one of another version."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            return []
-        entries = content["entries"]
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise TypeError("its entries are no list of objects")
-        return entries
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        warn(f"tuned choices cannot be read from {path} ({type(error).__name__}: {error}); the rules decide until "
-             "`accelkit tune` measures anew")  # fmt: skip
+    except FileNotFoundError:
+        return []
+    if content["format"] != FORMAT:
+        return []
+    entries = content["entries"]
+    if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+        raise TypeError("its entries are no list of objects")
+    return entries
+
+
+def _parsed_or_none(path: Path) -> list[Entry]:
+    """The same where something is written next: a damaged file was told of when it was read, and is replaced."""
+    try:
+        return _parsed(path)
+    except _DAMAGED:
         return []
 
 
@@ -121,7 +140,7 @@ def environment_in(path: Path) -> dict[str, str]:
     """What a file's measurements hold for; empty where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["environment"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, *_DAMAGED):
         return {}
     return {str(k): str(v) for k, v in found.items()} if isinstance(found, dict) else {}
 
@@ -146,7 +165,7 @@ def merge(path: Path, environment: Environment, entries: Sequence[Entry]) -> Non
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path):
-            merged = {_identity(e): e for e in (*read(path), *entries)}
+            merged = {_identity(e): e for e in (*_parsed_or_none(path), *entries)}
             _replace(path, _text(environment, list(merged.values())))
     except OSError as error:
         warn(f"tuned choices could not be kept in {path} ({error}); this process uses them, the next one tunes again")

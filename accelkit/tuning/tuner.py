@@ -51,17 +51,15 @@ class Outcome:
         notes = []
         faster = sorted((r for r in self.results if r.gain > 1.0), key=lambda r: -r.gain)
         if self.results:
-            notes.append(
-                f"tuned {len(self.results)} problems in {self.seconds:.0f} s: the default stays for "
-                f"{len(self.results) - len(faster)}"
-            )
+            stay = len(self.results) - len(faster)
+            notes.append(f"tuned {_problems(len(self.results))} in {self.seconds:.0f} s; {stay} keep the default")
         notes += [
             f"tuned {r.task}: {shown(r.choice)}, {r.gain:.2f} times as fast as the default "
             f"({_microseconds(r.choice_ms)} against {_microseconds(r.default_ms)} us)"
             for r in faster
         ]
         if self.known:
-            notes.append(f"{len(self.known)} problems were tuned before")
+            notes.append(f"tuned before: {_problems(len(self.known))}")
         notes += [f"not tuned: {problem}: {why}" for problem, why in self.left.items()]
         notes += [
             f"tuning passed over {shown(c)} for {r.task}: {why}" for r in self.results for c, why in r.wrong.items()
@@ -156,6 +154,10 @@ def shown(config: Any) -> str:
         words = [name if value is True else shown(value) for name, value in config._asdict().items()]  # type: ignore[attr-defined]
         return " ".join(w for w in words if w not in ("", "False", "by rule"))
     return str(config)
+
+
+def _problems(count: int) -> str:
+    return f"{count} problem{'s' * (count != 1)}"
 
 
 def _microseconds(ms: float | None) -> str:

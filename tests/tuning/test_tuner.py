@@ -72,7 +72,7 @@ def test_what_is_known_is_not_measured_again(kind: Kind) -> None:
     tune([Fake(kind, 4)], clock(TIMES))
     outcome = tune([Fake(kind, 4), Fake(kind, 5)], clock(TIMES))
     assert ([str(t) for t in outcome.known], [str(r.task) for r in outcome.results]) == (["fake 4"], ["fake 5"])
-    assert "1 problems were tuned before" in outcome.notes()
+    assert "tuned before: 1 problem" in outcome.notes()
     again = tune([Fake(kind, 4)], clock({**TIMES, "slow": [0.5]}), again=True)
     assert [r.choice for r in again.results] == [Config("slow")]
     assert kind[Fake(kind).device, Problem(4)] == Config("slow")
@@ -133,7 +133,7 @@ def test_notes_say_what_was_gained_and_what_was_passed_over(kind: Kind) -> None:
     notes = tune([wrong, Fake(kind, 2)], clock({**TIMES, "fast": [0.5]}), ahead=Ahead()).notes()
     assert "tuned fake 4: fast, 4.00 times as fast as the default (500.0 against 2000.0 us)" in notes
     assert any(note.startswith("tuning passed over wrong for fake 4: wrong: an error of") for note in notes)
-    assert notes[0].startswith("tuned 2 problems in 0 s: the default stays for 0")
+    assert notes[0].startswith("tuned 2 problems in 0 s; 0 keep the default")
 
 
 def test_nothing_is_started_for_nothing(kind: Kind) -> None:

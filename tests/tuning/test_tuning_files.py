@@ -65,6 +65,7 @@ def test_a_damaged_file_is_a_warning_and_written_anew(tmp_path: Path, text: str)
     path.write_text(text)
     with pytest.warns(AccelkitWarning, match="cannot be read from .*; the rules decide until"):
         assert files.read(path) == []
+    assert files.environment_in(path) == {}
     files.merge(path, ENVIRONMENT, [entry(1)])
     assert files.read(path) == [entry(1)]
 
