@@ -6,6 +6,7 @@ On a CPU no kernel takes the operators; what is rewritten does not depend on tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,24 @@ class Layer(nn.Module):
         x = self.first(x + self.attend(x))
         result: Tensor = self.second(x + self.feed_forward(x))
         return result
+
+
+class Case(nn.Module):
+    """Three linear layers and two norms, put together by the test's `function(self, ...)`."""
+
+    def __init__(self, function: Callable[..., Any], width: int = 128, affine: bool = True) -> None:
+        super().__init__()
+        self.function = function
+        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
+        self.norm, self.other = (nn.LayerNorm(width, elementwise_affine=affine) for _ in range(2))
+
+    def forward(self, *args: Tensor) -> Any:
+        return self.function(self, *args)
+
+    def normalised(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None, **options: Any) -> Any:
+        """(layer_norm(x + residual), x + residual)"""
+        norm = norm or self.norm
+        return torch.ops.accelkit.residual_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 
 def encoder(layers: int = 2, width: int = 128, pre_norm: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 import transformers
-from fused_graphs import body, copied, encoder, fused_graph, operators, with_random_vectors
+from fused_graphs import Case, body, copied, encoder, fused_graph, operators, with_random_vectors
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -44,24 +44,6 @@ def assert_left_alone(graph: fx.GraphModule) -> None:
     assert fold_layer_norms(graph) == 0
     assert str(graph.graph) == text
     assert set(dict(graph.named_parameters()) | dict(graph.named_buffers())) == attributes
-
-
-class Case(nn.Module):
-    """A linear layer, a residual norm and what reads them; `forward` is the test's."""
-
-    def __init__(self, function: Callable[..., Any], width: int = WIDTH, affine: bool = True) -> None:
-        super().__init__()
-        self.function = function
-        self.a, self.b, self.c = (nn.Linear(width, width) for _ in range(3))
-        self.norm, self.other = (nn.LayerNorm(width, elementwise_affine=affine) for _ in range(2))
-        self.activation = "none"
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.function(self, *args)
-
-    def normalised(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm | None = None, **options: Any) -> Any:
-        norm = norm or self.norm
-        return fused.residual_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, **options)
 
 
 def graph_of(function: Callable[..., Any], *inputs: Tensor, **options: Any) -> fx.GraphModule:
