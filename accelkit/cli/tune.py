@@ -156,7 +156,7 @@ def _row(entry: dict[str, Any]) -> tuple[Any, ...]:
 def _words(choice: Any) -> str:
     if isinstance(choice, dict):
         return " ".join(word for value in choice.values() if (word := _words(value)))
-    return "" if choice is None or isinstance(choice, bool) else str(choice)
+    return "" if not choice or isinstance(choice, bool) else str(choice)
 
 
 def _microseconds(ms: Any) -> str | None:

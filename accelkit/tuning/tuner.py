@@ -152,7 +152,7 @@ def shown(config: Any) -> str:
         return "by rule"
     if isinstance(config, tuple):
         words = [name if value is True else shown(value) for name, value in config._asdict().items()]  # type: ignore[attr-defined]
-        return " ".join(w for w in words if w not in ("", "False", "by rule"))
+        return " ".join(w for w in words if w not in ("", "0", "False", "by rule"))
     return str(config)
 
 
