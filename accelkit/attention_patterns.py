@@ -201,7 +201,7 @@ def _require_sparsity(name: str, sparsity: float) -> None:
 
 @dataclass(frozen=True, repr=False)
 class Random(Pattern):
-    """Each pair on its own, at random.
+    """Each pair on its own, at random; a token may be left with nothing to attend to, and gets zeros then.
 
     Attributes:
         sparsity: the chance that a pair does not attend, above 0 and below 1.
@@ -229,8 +229,9 @@ class GlobalTokens(Pattern):
     tokens: int | tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.tokens, (list, range)):
-            object.__setattr__(self, "tokens", tuple(self.tokens))
+        given: Any = self.tokens
+        if isinstance(given, (list, range)):
+            object.__setattr__(self, "tokens", tuple(given))
         places = self.tokens if isinstance(self.tokens, tuple) else (self.tokens - 1,)
         _require(len(places) > 0 and min(places) >= 0, "GlobalTokens", f"{self.tokens!r} are no tokens")
 

@@ -18,10 +18,12 @@ from torch.utils import _pytree as pytree
 from accelkit import graph as graphs
 from accelkit.accuracy import OutputError, check_outputs, reference_outputs, relative_error
 from accelkit.capture import Program
+from accelkit.changed_meaning import follow
 from accelkit.errors import AccuracyError, warn
 from accelkit.lowering import EngineStore, Lowered
 from accelkit.measure import Timing, interleaved
 from accelkit.pass_api import OpenResult
+from accelkit.pass_runner import PassRecord
 from accelkit.precision import Precision
 from accelkit.signature import Constant, TensorSpec
 from accelkit.tf32 import tensor_core_products
@@ -49,7 +51,7 @@ def check(
     precision: Precision,
     tolerance: float | None,
     store: EngineStore,
-    open_results: Sequence[OpenResult] = (),
+    ledger: Sequence[PassRecord] = (),
 ) -> Checked:
     """Run the compiled graph on the example, judge it, and time it beside the original.
 
@@ -58,7 +60,7 @@ def check(
         graph: after the passes.
         model: the original (its twin), or None where only the program is at hand.
         store: remembers what was found for these very weights, inputs and engines.
-        open_results: where outputs are not compared, as passes declared.
+        ledger: of the passes: where outputs are not compared, and what is computed by design, as they declared.
 
     Raises:
         AccuracyError: an output is further from float64 than allowed.
@@ -81,7 +83,7 @@ def check(
     if random:
         checked.notes.append(f"not compared with float64: the model is random by itself ({', '.join(random[:3])})")
     else:
-        _judge(checked, program, results, original, model, precision, tolerance, open_results)
+        _judge(checked, program, results, original, model, precision, tolerance, ledger)
     with preserved(*owners), torch.no_grad():
         inputs = clone_inputs(program.inputs)
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -102,9 +104,10 @@ def _judge(
     model: nn.Module | None,
     precision: Precision,
     tolerance: float | None,
-    open_results: Sequence[OpenResult],
+    ledger: Sequence[PassRecord],
 ) -> None:
     names = [_output_name(program, i) for i in range(len(results))]
+    changes = [record.meaning for record in ledger if record.meaning is not None]
     owners = (program.graph,) if model is None else (program.graph, model)
     arithmetic = tensor_core_products() if precision.name == "tf32" else contextlib.nullcontext()
     with preserved(*owners), torch.no_grad(), arithmetic:
@@ -118,6 +121,11 @@ def _judge(
         if plain is None:
             checked.notes.append(f"not compared: an operator has no float64 form ({_first_line(error)})")
             return
+        if changes:
+            checked.notes.append(
+                f"not compared: the model is changed on request, and an operator has no float64 form ({_first_line(error)})"
+            )
+            return
         checked.notes.append(
             f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})"
         )
@@ -125,7 +133,10 @@ def _judge(
     if model is not None and tolerance is None and any(map(_far, own, reference)):
         _require_same_program(program, own, names, owners)
     _tell_non_finite(checked.notes, program, reference)
-    for one in open_results:
+    for change in changes:
+        reference, plain, note = follow(change, program.inputs, reference, plain, names, precision, tolerance)
+        checked.notes.append(note)
+    for one in (one for record in ledger for one in record.open):
         kept = _where_kept(one, program)
         results, reference = (_only(kept, one.output, values) for values in (results, reference))
         plain = None if plain is None else _only(kept, one.output, plain)

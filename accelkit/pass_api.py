@@ -125,6 +125,12 @@ class _Pass(ABC):
 class GraphPass(_Pass):
     """A pass over the fx graph: the general case."""
 
+    @property
+    def changes_meaning(self) -> str | None:
+        """What the graph computes afterwards, in words for the report, where by design that is not what it did before; else
+        None. Errors are then measured against the graph after the pass, and all other passes as ever against the model."""
+        return None
+
     @abstractmethod
     def run(self, graph: fx.GraphModule) -> PassResult:
         """Rewrite `graph` in place and say what was done.

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
+from accelkit.changed_meaning import MeaningChange, snapshot
 from accelkit.errors import AccelkitError, PassError
 from accelkit.pass_api import GraphPass, OnnxPass, OpenResult, PassResult, Refusal
 
@@ -46,6 +47,7 @@ class PassRecord:
         nodes_before, nodes_after: operators in the graph (inputs and weights are not counted).
         seconds: time taken, the invariants' checks included.
         open: where outputs are not the model's own, by the pass's design; not kept in files.
+        meaning: how the pass changed what the graph computes, where that is its design; not kept in files.
     """
 
     name: str
@@ -55,10 +57,11 @@ class PassRecord:
     nodes_after: int
     seconds: float
     open: tuple[OpenResult, ...] = field(default=(), repr=False, compare=False)
+    meaning: MeaningChange | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(replace(self, open=()))
-        del fields["open"]
+        fields = asdict(replace(self, open=(), meaning=None))
+        del fields["open"], fields["meaning"]
         return fields
 
 
@@ -110,7 +113,8 @@ def run_passes(
 def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
     started = time.perf_counter()
     before, nodes_before = _facts(graph), count_operators(graph)
-    snapshot = {node: (node.target, node.args, node.kwargs) for node in graph.graph.nodes}
+    calls = {node: (node.target, node.args, node.kwargs) for node in graph.graph.nodes}
+    original = snapshot(graph) if one.changes_meaning is not None else None
     try:
         result = one.run(graph)
     except AccelkitError:
@@ -123,15 +127,18 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
         graph.graph.lint()
     except Exception as error:
         raise PassError(f"pass {one} left a malformed graph: {error}") from error
-    changed = [n for n in graph.graph.nodes if snapshot.get(n) != (n.target, n.args, n.kwargs)]
-    touched = changed or [n for n in snapshot if n._erased]
+    changed = [n for n in graph.graph.nodes if calls.get(n) != (n.target, n.args, n.kwargs)]
+    touched = changed or [n for n in calls if n._erased]
     if touched and not result.changed:
         raise PassError(f"pass {one} changed {touched[0].name} but reports no rewrite; call result.rewrote(...)")
-    infer(graph, [n for n in changed if not _same_call(snapshot.get(n), n)], one)
+    infer(graph, [n for n in changed if not _same_call(calls.get(n), n)], one)
     _compare(before, _facts(graph), one)
+    meaning = None
+    if original is not None and result.changed:
+        meaning = MeaningChange(one.name, str(one), str(one.changes_meaning), original, snapshot(graph))
     return PassRecord(
         str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
-        time.perf_counter() - started, tuple(result.open),
+        time.perf_counter() - started, tuple(result.open), meaning,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from accelkit import plugins
 from accelkit.accuracy import OutputError, relative_error
+from accelkit.attention_patterns import Pattern, pattern_from_json
 from accelkit.backend_api import Backend, CompileContext
 from accelkit.capture import Program, from_exported
 from accelkit.compiled import Built, CompiledModel
@@ -122,6 +123,8 @@ def value_to_json(value: Backend | GraphPass | OnnxPass) -> dict[str, Any]:
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Precision):
         return {"precision": value.name}
+    if isinstance(value, Pattern):
+        return value.to_json()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (tuple, list)):
@@ -145,6 +148,8 @@ def value_from_json(group: str, data: Any) -> Any:
 
 
 def _restored(value: Any) -> Any:
+    if isinstance(value, dict) and "pattern" in value:
+        return pattern_from_json(value)
     if isinstance(value, dict):
         return as_precision(value["precision"])
     return tuple(_restored(v) for v in value) if isinstance(value, list) else value

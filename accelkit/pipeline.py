@@ -149,6 +149,7 @@ class Plan:
         graph = copy_graph(program.graph)
         with self.progress.stage("passes", found.seconds):
             found.ledger += run_passes(graph, self.graph_passes)
+        found.notes += [record.meaning.note() for record in found.ledger if record.meaning is not None]
         with self.progress.stage("lowering", found.seconds), torch.no_grad():
             context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say)
             try:
@@ -159,8 +160,7 @@ class Plan:
         found.pieces = [PieceReport(p.operators, p.origin, p.engine.describe()) for p in lowered.pieces]
         found.refusals, found.torch_operators = lowered.refusals, lowered.torch_operators
         with self.progress.stage("checks", found.seconds):
-            open_results = [one for record in found.ledger for one in record.open]
-            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, open_results)
+            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, found.ledger)
         _tell(found, checked, str(self.backend))
         return Variant(label, program, lowered, checked.samples)
 

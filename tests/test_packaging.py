@@ -29,7 +29,18 @@ ENTRIES = [
     for name, value in PROJECT["entry-points"][group].items()
 ]
 # What a pass, ours or anyone's, may import. Everything else in accelkit may change without notice.
-PUBLIC = {"__init__", "backend_api", "errors", "graph", "onnx_weights", "ops", "pass_api", "precision", "testing"}
+PUBLIC = {
+    "__init__",
+    "attention_patterns",
+    "backend_api",
+    "errors",
+    "graph",
+    "onnx_weights",
+    "ops",
+    "pass_api",
+    "precision",
+    "testing",
+}
 
 
 def run(*arguments: str, cwd: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -107,7 +118,9 @@ def test_broken_plugin_is_an_error_that_names_it_only_when_asked_for(other_distr
 
 
 def test_unknown_name_lists_the_known_and_says_to_repeat_an_editable_install() -> None:
-    with pytest.raises(InputError, match=r"did you mean 'onnxruntime'.*eager, fastertransformer, inductor.*pip install -e"):
+    with pytest.raises(
+        InputError, match=r"did you mean 'onnxruntime'.*eager, fastertransformer, inductor.*pip install -e"
+    ):
         plugins.find(plugins.BACKENDS, "onxruntime")
 
 

@@ -79,7 +79,8 @@ def block_mask(allowed: Tensor) -> Any:
     def pair(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return values[query, key]
 
-    return create_block_mask(pair, None, None, *allowed.shape, device=allowed.device)
+    length, keys = allowed.shape
+    return create_block_mask(pair, None, None, length, keys, device=str(allowed.device))
 
 
 @contextmanager

@@ -6,13 +6,14 @@ canonical form -> no dropout -> folds -> precision -> clean-up -> fused operator
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from accelkit.precision import FP32, Precision, as_precision
 
 if TYPE_CHECKING:
+    from accelkit.attention_patterns import Pattern
     from accelkit.pass_api import GraphPass, OnnxPass
 
 DEFAULT: tuple[str, ...] = (
@@ -40,13 +41,15 @@ DEFAULT: tuple[str, ...] = (
 
 
 def default_passes(
-    precision: Precision | str = FP32, *, remove_padding: bool = False
+    precision: Precision | str = FP32, *, remove_padding: bool = False, attention: str | Pattern | torch.Tensor = "auto"
 ) -> tuple[GraphPass | OnnxPass, ...]:
     """The passes of `optimize(passes=None)` for a precision, in order.
 
     Args:
         precision: as for `optimize`.
         remove_padding: with the pass of that name, after the fusions; it changes what results hold at padding.
+        attention: the kernel that computes attention, or a pattern of accelkit.attention_patterns (a boolean tensor will do) that
+            makes it sparse, which changes what the model computes: see swap_attention, which runs where this is not "auto".
 
     Example:
         >>> [p.name for p in default_passes()][:2]
@@ -57,10 +60,16 @@ def default_passes(
     names = list(DEFAULT)
     if remove_padding:
         names.insert(names.index("eliminate_dead_code"), "remove_padding")
+    if isinstance(attention, torch.Tensor) or attention != "auto":
+        names.insert(names.index("remove_padding" if remove_padding else "eliminate_dead_code"), "swap_attention")
+    options: dict[str, dict[str, Any]] = {
+        "set_precision": {"precision": precision},
+        "swap_attention": {"kind": attention},
+    }
     for name in names:
         if name == "set_precision" and precision.dtype is torch.float32:
             continue  # fp32 and tf32 are what the graph is in already
         class_name = "".join(word.capitalize() for word in name.split("_"))
         pass_type = getattr(import_module(f"{__name__}.{name}"), class_name)
-        passes.append(pass_type(precision=precision) if name == "set_precision" else pass_type())
+        passes.append(pass_type(**options.get(name, {})))
     return tuple(passes)
