@@ -9,44 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from accelkit.attention_patterns import Axial2D, Local2D, Pattern, Random, RandomNear2D
 from accelkit.models import SEED
 
 
-def distances(side: int) -> torch.Tensor:
-    """Euclidean distance between patches, [side * side, side * side], in patches."""
-    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).reshape(-1, 2).float()
-    return torch.cdist(at, at)
-
-
-def axial(side: int) -> torch.Tensor:
-    """Patches of the same row or column."""
-    index = torch.arange(side * side)
-    row, column = index // side, index % side
-    return (row.unsqueeze(1) == row) | (column.unsqueeze(1) == column)
-
-
-def local(side: int, distance: float) -> torch.Tensor:
-    """Patches at most so far away."""
-    return distances(side) <= distance
-
-
-def scattered(side: int, share: float, generator: torch.Generator, sigma: float | None = None) -> torch.Tensor:
-    """So large a share of the pairs, drawn at random: evenly, or nearer ones more often (a Gaussian of `sigma` patches)."""
-    patches = side * side
-    weight = torch.ones(patches, patches) if sigma is None else (-(distances(side) ** 2) / (2 * sigma**2)).exp()
-    count = int(patches * patches * share)
-    # The `count` smallest of exponential times over the weights: a draw without replacement (Efraimidis and Spirakis).
-    times = torch.empty(patches, patches).exponential_(generator=generator) / weight.clamp_min(1e-30)
-    chosen = torch.zeros(patches * patches, dtype=torch.bool)
-    chosen[times.flatten().topk(count, largest=False).indices] = True
-    return chosen.view(patches, patches)
-
-
 def seed_pattern(side: int) -> torch.Tensor:
-    """Axial, local to distance 2, 1 % at random, 3 % at random near by; and the class token."""
-    generator = torch.Generator().manual_seed(SEED)
-    union = axial(side) | local(side, 2.0)
-    union |= scattered(side, 0.01, generator) | scattered(side, 0.03, generator, sigma=5.0)
-    with_class = torch.ones(side * side + 1, side * side + 1, dtype=torch.bool)
-    with_class[1:, 1:] = union
-    return with_class
+    """Axial, local (closer than 2 patches), 1 % at random, 3 % at random near by; and the class token."""
+    nearby = RandomNear2D(side, side, sigma=5.0, sparsity=0.97, seed=SEED, prefix=1)
+    union: Pattern = Axial2D(side, side, prefix=1) | Local2D(side, side, distance=2.0, prefix=1)
+    return (union | Random(0.99, seed=SEED) | nearby).mask(1 + side * side)

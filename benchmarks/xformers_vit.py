@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from gpu_peers import ACCELKIT, PEERS, Call, Case, Peer, accelkit_on, default_passes_with, run, sparse_by_hand
+from gpu_peers import ACCELKIT, PEERS, Call, Case, Peer, accelkit_on, run, sparse_by_hand
 from gpu_run import Experiment, main
 from patterns import seed_pattern
 from torch.utils.benchmark import Measurement, Timer
@@ -36,16 +36,16 @@ def vanilla(case: Case) -> Call:
     return run(twin, case.inputs)
 
 
-def swap(**options: Any) -> Any:
-    """accelkit's swap_attention pass as a value, made when the case is built."""
+def with_attention(kind: str) -> Callable[[Case], list[Any]]:
+    """accelkit's default passes, attention by this kernel, or "pattern": sparse, over the experiment's pattern."""
 
-    def make(case: Case) -> Any:
-        from accelkit_passes.swap_attention import SwapAttention
+    def passes(case: Case) -> list[Any]:
+        from accelkit_passes import default_passes
 
-        given = {key: case.pattern if value == "pattern" else value for key, value in options.items()}
-        return SwapAttention(**given)
+        attention: Any = case.pattern if kind == "pattern" else kind
+        return list(default_passes(case.precision, attention=attention))
 
-    return make
+    return passes
 
 
 def timer(calls: Mapping[str, Call], options: argparse.Namespace) -> dict[str, Timing]:
@@ -66,11 +66,11 @@ CANDIDATES = {
     "sparse": Peer("FlexAttention by hand, sparse", sparse_by_hand, sparse=True),
     "accelkit-xformers": Peer(
         'accelkit, swap_attention("xformers")',
-        accelkit_on(None, default_passes_with("swap_attention", swap(kind="xformers"))),
+        accelkit_on(None, with_attention("xformers")),
     ),
     "accelkit-sparse": Peer(
         "accelkit, swap_attention, sparse",
-        accelkit_on(None, default_passes_with("swap_attention", swap(kind="pattern"))), sparse=True,
+        accelkit_on(None, with_attention("pattern")), sparse=True,
     ),
     ACCELKIT: PEERS[ACCELKIT],
 }  # fmt: skip

@@ -35,7 +35,7 @@ _UNRECOGNISED = torch.ops.aten.scaled_dot_product_attention.default
 
 @dataclass(frozen=True)
 class SwapAttention(GraphPass):
-    """Choose the kernel that computes attention, or who attends to whom.
+    """Choose the kernel that computes attention.
 
     Attributes:
         kind: auto, triton, cudnn, flash, efficient, xformers or math; or a pattern of accelkit.attention_patterns, or a
