@@ -5,7 +5,7 @@
 #   make test                       the tests; ARGS="tests/test_readme.py -x" passes pytest's own arguments
 #   make lint types                 ruff; mypy --strict
 #   make bench                      the BERT comparison (minutes); ARGS as for benchmarks/bert_tools.py
-#   make tables                     the tables of README and docs/benchmarks-gpu.md again, from the code and benchmarks/results/
+#   make tables                     the tables of README and docs/ again, from the code and benchmarks/results/
 #   make clean                      remove the environment and every build output
 #
 # PYTHON=python3.12 picks the interpreter, TORCH=torch==2.9.1 the PyTorch (make clean first when changing either).

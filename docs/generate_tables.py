@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks-gpu.md from the code and from benchmarks/results/.
+"""Writes the tables of README.md and of documents in docs/ from the code and from benchmarks/results/.
 
     python docs/generate_tables.py            # rewrite them
     python docs/generate_tables.py --check    # exit with 1 if one would change
@@ -29,8 +29,10 @@ import gpu_page
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 GPU_DOCUMENT = ROOT / "docs" / "benchmarks-gpu.md"
+OPERATORS_DOCUMENT = ROOT / "docs" / "fused-operators.md"
 PYPROJECT = ROOT / "pyproject.toml"
 RESULTS = ROOT / "benchmarks" / "results"
+KERNEL_RESULTS = "kernel_choices.json"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -86,7 +88,35 @@ def precisions() -> str:
     return markdown_table(("precision", "dtype inside", "what it means"), rows)
 
 
+def operators() -> str:
+    """The fused operators: what each computes, in its module's words, and where it has other forms."""
+    from accelkit.onnx_translations import DIALECTS, translations
+    from accelkit.ops import OPERATORS
+
+    forms = {dialect: translations(dialect) for dialect in DIALECTS}
+    rows = []
+    for name, operator in sorted(OPERATORS.items()):
+        meaning = first_line(inspect.getmodule(operator.meaning))
+        dialects = [dialect for dialect, known in forms.items() if operator.overload in known]
+        rows.append((f"`{name}`", f"`{meaning}`", ", ".join(dialects)))
+    return markdown_table(("operator", "what it computes", "ONNX dialects"), rows)
+
+
 def benchmarks(results: Path = RESULTS) -> str:
+    """README's tables of results: all but the long one of kernels, which docs/fused-operators.md has."""
+    paths = [path for path in sorted(results.glob("*/*.json")) if path.name != KERNEL_RESULTS]
+    return recorded(paths, results) or "No recorded run yet: `make bench` makes one."
+
+
+def kernels(results: Path = RESULTS) -> str:
+    """What each kernel took, by shape."""
+    command = "`python benchmarks/kernel_choices.py` on a GPU"
+    return (
+        recorded(sorted(results.glob(f"*/{KERNEL_RESULTS}")), results) or f"No recorded run yet: {command} makes one."
+    )
+
+
+def recorded(paths: Iterable[Path], results: Path) -> str:
     """One table per `benchmarks/results/<machine>/<name>.json` that holds a "table", each with its machine and date.
 
     The contract with the benchmarks that write those files, keys of the JSON object:
@@ -96,13 +126,13 @@ def benchmarks(results: Path = RESULTS) -> str:
         "date":     str                         YYYY-MM-DD
         "versions": {package: version}          those that bear on the numbers
         "table":    {"columns": [str, ...], "rows": [[str | number | null, ...], ...]}
-                                                what the README shows; units stand in the column's name
+                                                what documents show; units stand in the column's name
 
-    Any other key is the benchmark's own. A file without "table" is not for the README. One with a table but without
+    Any other key is the benchmark's own. A file without "table" is not shown. One with a table but without
     the rest is an error: a number whose machine and date are unknown must not be shown.
     """
     parts = []
-    for path in sorted(results.glob("*/*.json")):
+    for path in paths:
         result = json.loads(path.read_text())
         if "table" not in result:
             continue
@@ -119,7 +149,7 @@ def benchmarks(results: Path = RESULTS) -> str:
             markdown_table(table["columns"], (map(number, row) for row in table["rows"])),
             f"{result['machine']}; {versions}; {result['date']}; from `{path.relative_to(results.parent.parent)}`.",
         ]
-    return "\n\n".join(parts) or "No recorded run yet: `make bench` makes one."
+    return "\n\n".join(parts)
 
 
 def number(value: Any) -> str:
@@ -155,7 +185,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmarks": benchmarks,
 }
 GPU_TABLES: dict[str, Callable[[], str]] = {"gpu-document": gpu_document}
-DOCUMENTS = {README: TABLES, GPU_DOCUMENT: GPU_TABLES}
+OPERATORS_TABLES: dict[str, Callable[[], str]] = {"operators": operators, "kernels": kernels}
+DOCUMENTS = {README: TABLES, GPU_DOCUMENT: GPU_TABLES, OPERATORS_DOCUMENT: OPERATORS_TABLES}
 """Each file with tables, and those that have to stand in it."""
 
 
