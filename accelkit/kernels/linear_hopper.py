@@ -4,7 +4,7 @@ A persistent grid, one program a multiprocessor. The producer warp fills a ring 
 take turns at the tensor cores: while one multiplies, the other turns its accumulator into results (normalisation, bias,
 activation, residual, statistics, cast, store). cuBLAS pays for its epilogue: with K = 768 it is a sixth of a tile's time.
 
-The layer norm before a linear layer costs no pass over memory (see `accelkit.ops.normalised_linear`): W is folded with the
+The layer norm before a linear layer costs no pass over memory (see `accelkit.ops.folded_linear`): W is folded with the
 norm's weight ahead of time, the kernel multiplies the raw x, and the epilogue subtracts mean * column sum and divides by the
 deviation. The statistics come from the kernel that wrote x, in groups of 64 columns, as (mean, sum of squared differences).
 """

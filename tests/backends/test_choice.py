@@ -155,6 +155,21 @@ def test_rows_of_a_dynamic_batch_are_the_examples(machine: Machine) -> None:
     assert choice.size_hint(5) == 5
 
 
+def test_the_norm_of_most_rows_decides(machine: Machine) -> None:
+    class FewAndMany(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = encoder(1, width=64)
+
+        def forward(self, few: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(few), self.layer(many)
+
+    inputs = (torch.randn(1, 7, 64), torch.randn(1, 5000, 64))
+    graph = fused_graph(FewAndMany().eval(), *inputs, precision="fp16")
+    choose(graph, inputs, 3, CUDA, machine.arithmetic)
+    assert [form for form, _ in machine.recorded] == [PLAIN, FOLDED]
+
+
 # --- what wins
 
 
