@@ -88,7 +88,7 @@ def _both(pointer, column, N, layout: gl.constexpr, HALVES: gl.constexpr):
     if HALVES == 2:
         both = (_columns(pointer, column, N, layout), _columns(pointer, column + GROUP, N, layout))
     else:
-        both = (_columns(pointer, column, N, layout),)
+        both = (_columns(pointer, column, N, layout),)  # type: ignore[assignment]
     return both
 
 

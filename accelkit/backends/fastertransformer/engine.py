@@ -53,6 +53,7 @@ class FasterTransformerEngine(Engine):
         context.progress("choosing kernels")
         self._choice = choose(prepared, examples, backend.warmup, self._device, self._arithmetic)
         self._graph = self._choice.graph
+        self._weight_bytes = _own_bytes(self._graph, graph)
         self._forward = self._graph.forward
         self._laid_out = graphs.laid_out(self._graph)
         self._copied = shared_outputs(self._graph)
@@ -103,6 +104,8 @@ class FasterTransformerEngine(Engine):
         notes += self._tuned
         if (chosen := self._choice.note()) is not None:
             notes.append(chosen)
+        if self._weight_bytes:
+            notes.append(f"{self._weight_bytes / 2**20:.0f} MiB of folded weights beside the model's own")
         if self._recordings:
             count = len(self._recordings)
             notes.append(
@@ -118,7 +121,7 @@ class FasterTransformerEngine(Engine):
             backend=self._backend.name,
             versions=self._backend.versions(),
             precisions=facts.precisions(self._graph, self._tf32),
-            memory_bytes=self._memory_bytes,
+            memory_bytes=self._memory_bytes + self._weight_bytes,
             notes=(*notes, *self._refusals),
         )
 
@@ -227,6 +230,13 @@ class FasterTransformerEngine(Engine):
                 self._refusals.append(f"batches are not padded to {_shown(shapes_of(one))}, out of memory: {error}")
         self._padding = Padding(batch, self._recordings, times)
         self._calls.clear()
+
+
+def _own_bytes(graph: fx.GraphModule, given: fx.GraphModule) -> int:
+    """Bytes of the tensors that `graph` has and the graph that it was made from has not."""
+    known = {tensor.untyped_storage()._cdata for _, tensor in graphs.tensor_attributes(given)}
+    held = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for _, t in graphs.tensor_attributes(graph)}
+    return sum(nbytes for storage, nbytes in held.items() if storage not in known)
 
 
 def _shown(shapes: Shapes) -> str:
