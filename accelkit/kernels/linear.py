@@ -227,7 +227,11 @@ def folded_linear(
             residual_bias=residual_bias,
             statistics=statistics,
         )
-    found = x.new_empty(0, dtype=torch.float32) if groups is None else groups.reshape(*leading, features // 64, 2)
+    found = (
+        x.new_empty((*leading, 0, 2), dtype=torch.float32)
+        if groups is None
+        else groups.reshape(*leading, features // 64, 2)
+    )
     return result.reshape(*leading, features), found
 
 

@@ -50,8 +50,8 @@ def meaning(
         statistics: whether to give the result's statistics; features is then a multiple of 64.
 
     Returns:
-        ([..., features] in x's dtype, [..., features / 64, 2] in float32: each group's mean and sum of squared differences; or
-        an empty tensor).
+        ([..., features] in x's dtype, [..., features / 64, 2] in float32: each group's mean and sum of squared differences; no
+        groups where statistics are not asked for).
 
     Raises:
         ValueError: an unknown activation, moments without column sums.
@@ -72,7 +72,7 @@ def meaning(
             added = added if residual_bias is None else added + residual_bias
         y = y + added
     if not statistics:
-        return y.to(x.dtype).contiguous(), x.new_empty(0, dtype=torch.float32)
+        return y.to(x.dtype).contiguous(), x.new_empty((*x.shape[:-1], 0, 2), dtype=torch.float32)
     groups = y.reshape(*y.shape[:-1], -1, GROUP)
     means = groups.mean(-1, keepdim=True)
     found = torch.stack([means.squeeze(-1), (groups - means).square().sum(-1)], -1)
@@ -101,7 +101,7 @@ def fake(
 ) -> tuple[Tensor, Tensor]:
     _require(activation, moments, column_sums)
     shape = (*x.shape[:-1], weight.shape[0])
-    found = (*x.shape[:-1], weight.shape[0] // GROUP, 2) if statistics else (0,)
+    found = (*x.shape[:-1], weight.shape[0] // GROUP if statistics else 0, 2)
     return x.new_empty(shape), x.new_empty(found, dtype=torch.float32)
 
 

@@ -82,7 +82,7 @@ def folded_linear(
         residual = (residual - moments[..., :1]) * moments[..., 1:] * given["residual_weight"] + given["residual_bias"]
     y = linear_activation(x, weight, bias, given.get("activation", "none"), residual)
     if not statistics:
-        return y, y.new_empty(0)
+        return y, y.new_empty((*y.shape[:-1], 0, 2))
     groups = y.unflatten(-1, (-1, 64))
     return y, torch.stack([groups.mean(-1), groups.var(-1, correction=0) * 64], -1)
 
