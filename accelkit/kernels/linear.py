@@ -9,16 +9,20 @@ default(...)      an implementation by rule; candidates(...)   those worth measu
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
+from triton.errors import TritonError
 
+from accelkit.errors import LoweringError, warn
 from accelkit.kernels import dense_last, on_device_of
-from accelkit.ops.folded_linear import without_hopper
+from accelkit.ops.folded_linear import HOPPER_FAILURES, without_hopper
 from accelkit.ops.linear_activation import ACTIVATIONS
 from accelkit.tuning.choices import Choices
 
@@ -161,13 +165,31 @@ def _hopper(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, rows: Tensor | None,
     config: LinearConfig,
 ) -> Tensor:  # fmt: skip
-    from accelkit.kernels import linear_hopper
-
     tile = (config.block_m, config.block_n)
-    result, _ = linear_hopper.linear(
-        _aligned(x), _aligned(weight), bias, activation, _aligned(residual), rows, tile=tile, stages=config.stages
-    )
+    try:
+        result, _ = _on_hopper(
+            _aligned(x), _aligned(weight), bias, activation, _aligned(residual), rows, tile=tile, stages=config.stages
+        )
+    except _NotLaunched as failure:
+        warn(f"linear layers run without the Hopper kernel, which Triton {triton.__version__} refuses: {failure}")
+        slower = _cublas if rows is None else _tiles
+        return slower(x, weight, bias, activation, residual, rows, LinearConfig("tiles", 64, 64, 64, 4, 5))
     return result
+
+
+class _NotLaunched(Exception):
+    """Triton does not compile or launch the Hopper kernel: Gluon, which it is written in, is new and still changes."""
+
+
+def _on_hopper(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    try:
+        from accelkit.kernels import linear_hopper
+
+        return linear_hopper.linear(x, *args, **kwargs)
+    except (ImportError, AttributeError, TypeError, TritonError) as error:
+        HOPPER_FAILURES[x.device] = reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        _device_facts.cache_clear()
+        raise _NotLaunched(reason) from error
 
 
 def _tiles(
@@ -208,13 +230,18 @@ def folded_linear(
     residual_bias: Tensor | None,
     statistics: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`accelkit.ops.folded_linear.meaning` on Hopper."""
-    from accelkit.kernels import linear_hopper
+    """`accelkit.ops.folded_linear.meaning` on Hopper.
 
+    Raises:
+        LoweringError: Triton does not compile or launch the kernel.
+    """
     features = weight.shape[0]
     leading = x.shape[:-1]
-    with on_device_of(x):
-        result, groups = linear_hopper.linear(
+    if not x.numel():
+        groups_of = features // 64 if statistics else 0
+        return x.new_empty((*leading, features)), x.new_empty((*leading, groups_of, 2), dtype=torch.float32)
+    with on_device_of(x), _told():
+        result, groups = _on_hopper(
             _aligned(dense_last(x.reshape(-1, x.shape[-1]))),
             _aligned(weight),
             bias,
@@ -233,6 +260,14 @@ def folded_linear(
         else groups.reshape(*leading, features // 64, 2)
     )
     return result.reshape(*leading, features), found
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except _NotLaunched as failure:
+        raise LoweringError(f"Triton {triton.__version__} refuses the Hopper kernel: {failure}") from failure
 
 
 def patch_embedding(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -132,6 +132,10 @@ def refusal(
     return None
 
 
+HOPPER_FAILURES: dict[torch.device, str] = {}
+"""Devices on which Triton could not compile or launch the Hopper kernels, and what it said."""
+
+
 def without_hopper(tensor: Tensor) -> str | None:
     """Why Hopper's kernels cannot run on this (fake) tensor's device, or None."""
     if reason := without_triton():
@@ -141,7 +145,7 @@ def without_hopper(tensor: Tensor) -> str | None:
     capability = torch.cuda.get_device_capability(tensor.device)
     if capability[0] != 9:
         return f"the kernel is for compute capability 9.x (Hopper), this GPU has {capability[0]}.{capability[1]}"
-    return None
+    return HOPPER_FAILURES.get(tensor.device)
 
 
 def kernel(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from accelkit.errors import AccelkitWarning, LoweringError
 from accelkit.ops import OPERATORS, folded_linear, linear_activation, linear_residual_layer_norm, row_moments
 
 linear = pytest.importorskip("accelkit.kernels.linear", reason="the kernels need Triton")
@@ -103,6 +107,44 @@ def test_candidates_contain_the_default() -> None:
             problem = linear.LinearProblem(m, n, k, torch.float16, "gelu", False, counted)
             assert linear.default(problem, True, 132) in linear.candidates(problem, True, 132)
         assert split.default(m, n, k, 132) in split.candidates(m, n, k, 132)
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Triton whose Gluon is not the one that the Hopper kernel is written for."""
+    hopper = pytest.importorskip("accelkit.kernels.linear_hopper")
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AttributeError("module 'gl' has no attribute 'warp_specialize'")
+
+    monkeypatch.setattr(hopper, "linear", refuse)
+    yield
+    folded_linear.HOPPER_FAILURES.clear()
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_without_the_hopper_kernel_others_take_over_and_say_so(refused: None, counted: bool) -> None:
+    x, w, b, _ = operands(40, 24, 64, torch.float16, "cpu")
+    rows = torch.tensor([33], dtype=torch.int32) if counted else None
+    config = linear.LinearConfig("hopper", 128, 128, 64, 4, 5)
+    with pytest.warns(AccelkitWarning, match=r"without the Hopper kernel.*has no attribute 'warp_specialize'"):
+        result = linear.linear_activation(x, w, b, "gelu", None, rows, config)
+    truth = linear_activation.meaning(x.double(), w.double(), b.double(), "gelu")
+    near(result[:33], linear_activation.meaning(x, w, b, "gelu")[:33], truth[:33])
+    assert "warp_specialize" in folded_linear.HOPPER_FAILURES[x.device]
+
+
+def test_a_folded_graph_without_the_hopper_kernel_is_an_error(refused: None) -> None:
+    x, w, b, _ = operands(40, 64, 64, torch.float16, "cpu")
+    with pytest.raises(LoweringError, match=r"refuses the Hopper kernel.*warp_specialize"):
+        folded_linear.kernel(x, w, b)
+
+
+def test_no_rows() -> None:
+    x, w, b, _ = operands(0, 64, 64, torch.float16, "cpu")
+    result, statistics = folded_linear.kernel(x, w, b, statistics=True)
+    assert result.shape == (0, 64)
+    assert statistics.shape == (0, 1, 2)
 
 
 # --- on the GPU that they are for
