@@ -83,8 +83,8 @@ def test_a_post_norm_layer_before_and_after() -> None:
         "%13: (f32[2, 5, 256], f32[2, 5, 0, 2]) = accelkit.folded_linear(%10, %_0_up_weight_folded, %_0_up_weight_offset, gelu, "
         "statistics=False, moments=%12, column_sums=%_0_up_weight_sums)",
         "%14: f32[2, 5, 256] = getitem(%13, 0)",
-        "%15: (f32[2, 5, 128], f32[2, 5, 0, 2]) = accelkit.folded_linear(%14, %0.down.weight, %0.down.bias, none, statistics=False, "
-        "residual=%10, residual_moments=%12, residual_weight=%0.first.weight, residual_bias=%0.first.bias)",
+        "%15: (f32[2, 5, 128], f32[2, 5, 0, 2]) = accelkit.folded_linear(%14, %0.down.weight, %0.down.bias, none, "
+        "statistics=False, residual=%10, residual_moments=%12, residual_weight=%0.first.weight, residual_bias=%0.first.bias)",
         "%16: f32[2, 5, 128] = getitem(%15, 0)",
         "%17: f32[2, 5, 128] = aten.layer_norm(%16, [128], %0.second.weight, %0.second.bias, 1e-05)",
         "return (%17)",
