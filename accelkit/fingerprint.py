@@ -271,17 +271,23 @@ def engine_key(
         *(f"pass {_made_by(one)} {_stable(repr(one))}" for one in onnx_passes),
         *(f"input {t.dtype} {t.device} {list(t.shape)} {strides(t)}" for t in inputs),
         f"threads {torch.get_num_threads()}",
-        f"arithmetic {_float32_products()} {torch.are_deterministic_algorithms_enabled()}",
+        f"arithmetic {_float32_products({t.device.type for t in inputs})} {torch.are_deterministic_algorithms_enabled()}",
         f"machine {_machine()} {[_gpu(t.device) for t in inputs]}",
     ]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _float32_products() -> list[str]:
+def _float32_products(devices: set[str]) -> list[str]:
+    """What float32 products are allowed to be on these kinds of device; settings of other devices change nothing there."""
     # by their new names: the old ones fail where a user has set the new ones
     cudnn: Any = torch.backends.cudnn
-    owners = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    return [owner.fp32_precision for owner in owners]
+    owners: list[Any] = []
+    if devices - {"cuda"}:
+        owners.append(torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    if "cuda" in devices:
+        owners += [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    # "none", which a process starts with, and "ieee" are the same products
+    return ["ieee" if owner.fp32_precision == "none" else owner.fp32_precision for owner in owners]
 
 
 def _made_by(value: Any) -> str:

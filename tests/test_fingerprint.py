@@ -7,7 +7,7 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -392,6 +392,26 @@ def test_engine_key_depends_on_everything_that_matters(monkeypatch: pytest.Monke
         keys["machine"] = key()
     assert len(set(keys.values())) == len(keys), keys
     assert key() == base
+
+
+@pytest.fixture
+def fp32_settings() -> Iterator[None]:
+    owners = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [owner.fp32_precision for owner in owners]
+    yield
+    for owner, value in zip(owners, before, strict=True):
+        owner.fp32_precision = value
+
+
+def test_settings_that_change_nothing_here_are_not_in_the_key(fp32_settings: None) -> None:
+    graph, x = graph_of(Model()), torch.ones(4, 8)
+    base = engine_key(graph, Fake(), FP32, (), (x,))
+    torch.set_float32_matmul_precision("highest")  # what a process starts with, under another name
+    assert engine_key(graph, Fake(), FP32, (), (x,)) == base
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # of another device
+    assert engine_key(graph, Fake(), FP32, (), (x,)) == base
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    assert engine_key(graph, Fake(), FP32, (), (x,)) != base
 
 
 def test_weights_reach_the_key_only_where_engines_embed_them() -> None:
