@@ -60,6 +60,6 @@ def test_settings_come_back(user: Callable[[], None]) -> None:
 def test_engines_are_kept_apart_by_the_setting_under_its_new_name() -> None:
     graph = trace(torch.nn.Linear(2, 2).eval(), torch.randn(1, 2))
     keys = [engine_key(graph, Eager(), FP32, (), [torch.randn(1, 2)])]
-    matmul.fp32_precision = "tf32"
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     keys.append(engine_key(graph, Eager(), FP32, (), [torch.randn(1, 2)]))
     assert keys[0] != keys[1]
