@@ -3,7 +3,8 @@
     (dtype, sizes, mask, causal, kind) -> one of accelkit.ops.attention.KINDS but "auto", and the Triton kernel's configuration
 
 The rules come from measurements on one H200 (CUDA-graph replays, fp16, heads 64 wide): without a mask the Triton kernel leads
-cuDNN from 196 keys on, cuDNN leads at 128, both lead flash and the efficient kernel. With a mask, PyTorch's kernels want it
+cuDNN, and both lead flash and the efficient kernel, at 196 and 577 keys (benchmarks/results/h200/kernel_choices.json); at 128
+cuDNN led in a trial that was not kept. With a mask, PyTorch's kernels want it
 written out for every head and query; the Triton kernel reads it as it broadcasts.
 """
 

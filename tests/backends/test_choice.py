@@ -116,6 +116,14 @@ def test_rows_decide_what_is_measured(machine: Machine, rows: int, measured: lis
     assert machine.recorded == [(form, 3) for form in measured]
 
 
+def test_folding_can_be_left_out(machine: Machine) -> None:
+    graph = fused_graph(encoder(width=64), torch.randn(1, 2048, 64), precision="fp16")
+    choose(graph, [torch.randn(1, 2048, 64)], 3, CUDA, machine.arithmetic, fold=False)
+    assert set(machine.replayed) <= {PLAIN, SPLIT}
+    choose(graph, [torch.randn(1, 2048, 64)], 3, CUDA, machine.arithmetic)
+    assert FOLDED in machine.replayed
+
+
 def test_forms_are_replayed_in_turns(machine: Machine) -> None:
     chosen(machine)
     turns = [machine.replayed[i : i + 3] for i in range(0, len(machine.replayed), 3)]

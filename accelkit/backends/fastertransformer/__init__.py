@@ -30,6 +30,9 @@ class FasterTransformer(Backend):
         capture_sizes: batch sizes to record beside the example's, where the inputs' first dimension is dynamic.
         pad_batch: run a batch between two recorded sizes in the next larger one where the model provably treats rows
             independently and that measured faster.
+        fold_layer_norms: measure the form with layer norms folded into linear layers too. It subtracts a row's mean after the
+            matrix product; False where a model's means are so large beside the deviations that the build ends in an
+            AccuracyError.
         warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
         tune: whether to measure, while compiling, which kernel and configuration each fused operator runs with on this GPU:
             False uses what is known from earlier tuning and else rules; True takes 60 seconds at most for each engine, a
@@ -39,6 +42,7 @@ class FasterTransformer(Backend):
     cuda_graph: bool = True
     capture_sizes: tuple[int, ...] = ()
     pad_batch: bool = True
+    fold_layer_norms: bool = True
     warmup: int = 3
     tune: bool | float = False
 

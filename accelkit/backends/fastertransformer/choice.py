@@ -61,6 +61,7 @@ def choose(
     warmup: int,
     device: torch.device,
     arithmetic: Callable[[], AbstractContextManager[None]],
+    fold: bool = True,
 ) -> Choice:
     """The fastest form of a prepared graph for these inputs; measures on a GPU where there are several.
 
@@ -70,7 +71,7 @@ def choose(
     failures: dict[str, str] = {}
     rows = _rows(graph) if device.type == "cuda" else 0
     for name, rewrite, wanted in (
-        (FOLDED, fold_layer_norms, rows >= _FOLDED_FROM),
+        (FOLDED, fold_layer_norms, fold and rows >= _FOLDED_FROM),
         (SPLIT, split_linears, 0 < rows <= _SPLIT_TO),
     ):
         if not wanted:

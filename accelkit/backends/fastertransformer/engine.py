@@ -51,7 +51,9 @@ class FasterTransformerEngine(Engine):
         examples = graphs.laid_out(prepared)([i.detach() for i in inputs])
         self._tuned = self._tune(prepared, examples, context) if backend.tune else ()
         context.progress("choosing kernels")
-        self._choice = choose(prepared, examples, backend.warmup, self._device, self._arithmetic)
+        self._choice = choose(
+            prepared, examples, backend.warmup, self._device, self._arithmetic, backend.fold_layer_norms
+        )  # fmt: skip
         self._graph = self._choice.graph
         self._weight_bytes = _own_bytes(self._graph, graph)
         self._forward = self._graph.forward
