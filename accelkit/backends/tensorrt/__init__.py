@@ -1,8 +1,10 @@
-"""TensorRT: fx graph -> ONNX file -> engine, built in a process of its own.
+"""TensorRT: engines built from ONNX in a process of their own, run on PyTorch's streams and memory.
 
-job.py           what the build process is told, and what it answers
-versions.py      everything that differs between TensorRT 8.6, 10 and 11
-worker.py        the build process: ONNX file -> plan
-building.py      the parent's side of it
-timing_cache.py  what TensorRT measured of each layer, on disk
+    fx graph --> ONNX in the forms that TensorRT fuses --> plan --> engine, with proof of the precision that it runs in
+
+Nothing here imports `tensorrt` before it is needed. Versions from 8.6 on; what each has: docs/tensorrt.md.
 """
+
+from accelkit.backends.tensorrt.backend import TensorRT
+
+__all__ = ["TensorRT"]

@@ -1,0 +1,183 @@
+"""Is TensorRT here, does it load, does it reach the GPU? Each question once a process, each "no" with what to do.
+
+    package -> shared libraries -> version -> GPU and driver, by PyTorch -> TensorRT's own start on the GPU
+
+Nothing here is imported with accelkit: loading the library takes a second and some hundred megabytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accelkit.errors import BackendUnavailableError
+
+OLDEST = (8, 6)
+"""8.6 is the first with the timing cache options, version compatibility and LayerNormalization in its parser."""
+BFLOAT16_SINCE = (10, 0)
+INSTALL = 'pip install "accelkit[tensorrt]"'
+_DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_EXPORT = ("onnx", "onnxscript")
+
+
+def missing() -> str | None:
+    """What keeps TensorRT from running here and what to do about it, or None."""
+    if absent := [name for name in _EXPORT if importlib.util.find_spec(name) is None]:
+        return f"{', '.join(absent)} not installed; {INSTALL}"
+    if "tensorrt" not in sys.modules and importlib.util.find_spec("tensorrt") is None:
+        return f"tensorrt not installed; {INSTALL}"
+    return _load_failure() or too_old(loaded().__version__) or _no_gpu() or _no_start()
+
+
+def loaded() -> Any:
+    """The module `tensorrt`.
+
+    Raises:
+        BackendUnavailableError: it is not installed, or its libraries do not load.
+    """
+    if "tensorrt" in sys.modules:
+        return sys.modules["tensorrt"]
+    if importlib.util.find_spec("tensorrt") is None:
+        raise BackendUnavailableError(f"tensorrt not installed; {INSTALL}")
+    if (why := _load_failure()) is not None:
+        raise BackendUnavailableError(why)
+    return sys.modules["tensorrt"]
+
+
+def installed_version() -> str | None:
+    """The version of the package, without loading the library; None where it is not installed."""
+    module = sys.modules.get("tensorrt")
+    if module is not None:
+        return str(module.__version__)
+    for name in _DISTRIBUTIONS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def numbers(text: str) -> tuple[int, int]:
+    """Major and minor of `10.16.1.11`.
+
+    >>> numbers("8.6.0")
+    (8, 6)
+    """
+    major, minor, *_ = [*text.split("."), "0"]
+    return int(major), int(minor)
+
+
+def too_old(found: str) -> str | None:
+    if numbers(found) >= OLDEST:
+        return None
+    return f"TensorRT {found} is too old: {'.'.join(map(str, OLDEST))} is the oldest that accelkit builds for; {INSTALL} --upgrade"
+
+
+def device_facts(index: int = 0) -> dict[str, str]:
+    """GPU, compute capability and driver: what an engine is bound to beside TensorRT's version; empty without a GPU."""
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability(index)
+    facts = {"gpu": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"}
+    return facts | ({"driver": found} if (found := driver_version()) else {})
+
+
+@functools.cache
+def driver_version() -> str:
+    """The NVIDIA driver's version, as the kernel module tells it; empty where it does not."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split("\n")[0].split()
+    except OSError:
+        return ""
+    return next((word for word in words if word[0].isdigit() and "." in word), "")
+
+
+def _load_failure() -> str | None:
+    if "tensorrt" in sys.modules:
+        return None
+    spec = importlib.util.find_spec("tensorrt")
+    return _load_failure_of(str(spec.origin if spec is not None else ""))
+
+
+@functools.cache  # a library that did not load will not load in this process: its dependencies are looked up once
+def _load_failure_of(origin: str) -> str | None:
+    try:
+        importlib.import_module("tensorrt")
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+    ) as error:  # AttributeError: bindings of another version than the library
+        return f"tensorrt is installed ({Path(origin).parent}), but does not load: {_first_line(error)}; {_load_fix(error)}"
+    return None
+
+
+def _load_fix(error: BaseException) -> str:
+    text = str(error)
+    if "cannot open shared object file" in text:
+        library = text.partition(":")[0].strip()
+        return f"put the folder of {library} on LD_LIBRARY_PATH, or {INSTALL} --force-reinstall"
+    return f"{INSTALL} --force-reinstall brings the package and its libraries in one version"
+
+
+def _no_gpu() -> str | None:
+    """Why PyTorch reaches no GPU: TensorRT shares its memory and streams."""
+    if torch.version.cuda is None:
+        return (
+            "this PyTorch is a CPU build, and TensorRT works on PyTorch's CUDA tensors; install a CUDA build of PyTorch"
+        )
+    if torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        text = _first_line(error)
+        if "too old" in text:
+            return f"{text}; update the NVIDIA driver"
+        return f"no usable GPU: {text}"
+    return "PyTorch sees no CUDA device; is CUDA_VISIBLE_DEVICES empty?"
+
+
+def _no_start() -> str | None:
+    return _start_failure(loaded())
+
+
+@functools.cache
+def _start_failure(tensorrt: Any) -> str | None:
+    """Start TensorRT's runtime: it refuses a driver that is older than the CUDA that it was built with."""
+    heard: list[str] = []
+
+    class Listener(tensorrt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            tensorrt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
+                heard.append(message)
+
+    try:
+        started = tensorrt.Runtime(Listener())
+    except (TypeError, RuntimeError) as error:  # pybind11's way to say that the library returned nothing
+        heard.append(_first_line(error))
+        started = None
+    if started is not None:
+        return None
+    why = heard[0] if heard else "it gave no reason"
+    driver = driver_version()
+    return (
+        f"TensorRT {tensorrt.__version__} does not start on this GPU: {why}; where that is a CUDA initialization error, the "
+        f"driver{f' ({driver})' if driver else ''} is too old for the CUDA that this TensorRT was built with: update the driver, "
+        "or install TensorRT's package for the driver's CUDA"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
