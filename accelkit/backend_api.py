@@ -21,6 +21,9 @@ from accelkit.pass_api import OnnxPass, _Pass
 from accelkit.pass_runner import PassRecord
 from accelkit.precision import FP32, Precision
 
+EMBEDS_BELOW_BYTES = 1024
+"""Passes and compilers look at the values of small constants: scales, epsilons, tables."""
+
 
 @dataclass(frozen=True)
 class EngineFacts:
@@ -84,7 +87,10 @@ class Backend(_Pass):
         precisions: names of the precisions it has.
         devices: device types it runs on.
         embeds_weights: whether an engine's serialised form contains the weights. False means `load` takes them from the graph,
-            so that one cache entry serves every set of weights, and an artifact holds them once.
+            so that one cache entry serves every set of weights, an artifact holds them once, and a refit compiles nothing. A
+            ClassVar, or a property where an option decides.
+        embeds_below_bytes: floating-point tensors smaller than this are in the serialised form all the same: tables and
+            constants that a compiler looks into. 0 where `load` replaces those too.
         fused_operators: short names (`attention`) of the fused operators (`torch.ops.accelkit.*`, accelkit.ops) that `compile`
             takes; lowering gives it the others as their meanings, in ATen operators.
         description: one sentence for tables.
@@ -92,9 +98,16 @@ class Backend(_Pass):
 
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
-    embeds_weights: ClassVar[bool] = True
     fused_operators: ClassVar[frozenset[str]] = frozenset()
     description: ClassVar[str] = ""
+
+    @property
+    def embeds_weights(self) -> bool:
+        return True
+
+    @property
+    def embeds_below_bytes(self) -> int:
+        return EMBEDS_BELOW_BYTES
 
     @classmethod
     def precisions_on(cls, device: str) -> tuple[str, ...]:

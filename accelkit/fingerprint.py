@@ -33,26 +33,23 @@ import torch
 from torch import fx
 
 from accelkit import graph as graphs
-from accelkit.backend_api import Backend, options_of
+from accelkit.backend_api import EMBEDS_BELOW_BYTES, Backend, options_of
 from accelkit.pass_api import OnnxPass
 from accelkit.precision import Precision
 from accelkit.tensor_hash import contents, opaque, strides, unique
 
-SMALL_BYTES = 1024  # passes and backends look at the values of small constants (scales, epsilons, tables)
-
-
 # --- graphs
 
 
-def graph_fingerprint(graph: fx.GraphModule, embeds_weights: bool) -> str:
+def graph_fingerprint(graph: fx.GraphModule, embeds_weights: bool, embeds_below_bytes: int = EMBEDS_BELOW_BYTES) -> str:
     """SHA-256, in hex, of what an engine built from `graph` may depend on.
 
     Operators with their schemas, all arguments, dtypes, shapes and strides (symbols by their order of appearance, with
     their ranges), names, dtypes and shapes of attributes and which of them share memory; the values of all integer and
-    boolean tensors and of floating-point ones under SMALL_BYTES; with `embeds_weights`, those of all tensors. Names
-    of nodes do not count.
+    boolean tensors and of floating-point ones under `embeds_below_bytes`; with `embeds_weights`, those of all tensors.
+    Names of nodes do not count.
     """
-    writer = _Writer(embeds_weights)
+    writer = _Writer(sys.maxsize if embeds_weights else embeds_below_bytes)
     writer.graph(graph)
     return writer.hexdigest()
 
@@ -79,8 +76,8 @@ def tensors_fingerprint(tensors: Sequence[torch.Tensor]) -> str:
 class _Writer:
     """Collects the graph's canonical text."""
 
-    def __init__(self, all_values: bool) -> None:
-        self.all_values = all_values
+    def __init__(self, below_bytes: int) -> None:
+        self.below_bytes = below_bytes
         self.lines: list[str] = []
         self.tensors: list[torch.Tensor] = []  # those whose values count, hashed together at the end
         self.symbols: dict[str, str] = {}
@@ -120,7 +117,7 @@ class _Writer:
             return f"{name!r} {self._tensor(value)} {self._memory(value)}"
         if isinstance(value, fx.GraphModule):  # a branch or a loop's body
             self.lines.append(f"graph {name!r}")
-            inner = _Writer(self.all_values)
+            inner = _Writer(self.below_bytes)
             inner.symbols, inner.memories, inner.lines, inner.tensors = (
                 self.symbols,
                 self.memories,
@@ -135,7 +132,7 @@ class _Writer:
         # The text that describes a real tensor; its values are queued where they count.
         text = f"{tensor.dtype} {tensor.device} {list(tensor.shape)} {strides(tensor)}"
         exact = not (tensor.is_floating_point() or tensor.is_complex())
-        if self.all_values or exact or tensor.numel() * tensor.element_size() < SMALL_BYTES:
+        if exact or tensor.numel() * tensor.element_size() < self.below_bytes:
             self.tensors.append(tensor)
             return f"{text} values {len(self.tensors)}"
         return text
@@ -264,7 +261,7 @@ def engine_key(
 
     lines = [
         f"accelkit {__version__} {_own_code()}",
-        f"graph {graph_fingerprint(graph, backend.embeds_weights)} {backend.embeds_weights}",
+        f"graph {graph_fingerprint(graph, backend.embeds_weights, backend.embeds_below_bytes)} {backend.embeds_weights}",
         f"backend {_made_by(backend)} {[(k, _stable(v)) for k, v in sorted(options_of(backend).items())]}",
         f"versions {sorted(backend.versions().items())}",
         f"precision {precision.name} {precision.dtype}",

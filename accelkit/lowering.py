@@ -21,13 +21,15 @@ from accelkit.backend_api import Backend, CompileContext, Engine
 from accelkit.errors import LoweringError
 from accelkit.ops.decompose import decomposed_for
 from accelkit.pass_api import Refusal
+from accelkit.pass_runner import PassRecord
 
 _MATRIX_WORDS = ("linear", "mm", "conv", "attention", "einsum", "lstm", "gru", "embedding", "norm", "softmax")
 _MIN_NODES = 4
 
 
 class Stored(NamedTuple):
-    """An engine, where it came from (`compiled`, `cache`, `artifact`), and the key that a cache or a file keeps it under."""
+    """An engine, where it came from (`compiled`, `cache`, `artifact`, `refitted`), and the key that a cache or a file keeps it
+    under."""
 
     engine: Engine
     origin: str
@@ -79,8 +81,9 @@ class Piece:
         engine: the engine.
         graph: the part, as it was compiled.
         operators: number of operators in it.
-        origin: where the engine came from: `compiled`, `cache` or `artifact`.
+        origin: where the engine came from: `compiled`, `cache`, `artifact`, or `refitted` (the same with other weights).
         key: what a cache or a file keeps the engine under.
+        records: what the backend's own passes did to it.
     """
 
     engine: Engine
@@ -88,6 +91,7 @@ class Piece:
     operators: int
     origin: str
     key: str
+    records: tuple[PassRecord, ...] = ()
 
 
 @dataclass
@@ -253,8 +257,8 @@ def _compile(
     whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results) and not state
     if whole:
         context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
-        engine, origin, key = store.build(backend, graph, inputs, context)
-        return Lowered(engine, [Piece(engine, graph, len(stages[0].nodes), origin, key)], refusals, 0, graph)
+        piece = _piece(graph, len(stages[0].nodes), backend, inputs, context, store)
+        return Lowered(piece.engine, [piece], refusals, 0, graph)
 
     placeholders = graph.graph.find_nodes(op="placeholder")
     values: dict[fx.Node, Any] = dict(zip(placeholders, inputs, strict=True)) | state
@@ -274,9 +278,8 @@ def _compile(
             context.progress(
                 f"compiling {len(stage.nodes)} operators for {backend.name} (stage {index + 1} of {len(stages)})"
             )
-            engine, origin, key = store.build(backend, part, examples, context)
-            pieces.append(Piece(engine, part, len(stage.nodes), origin, key))
-            run: Callable[..., Sequence[Any]] = engine
+            pieces.append(_piece(part, len(stage.nodes), backend, examples, context, store))
+            run: Callable[..., Sequence[Any]] = pieces[-1].engine
         else:
             torch_operators += len(stage.nodes)
             run = _TorchStage(part)
@@ -288,6 +291,19 @@ def _compile(
     constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr" and r not in state}
     returned = tuple(constants[r] if r in constants else slots[r] for r in results)
     return Lowered(_Stitched(steps, tuple(state.values()), returned), pieces, refusals, torch_operators, graph)
+
+
+def _piece(
+    graph: fx.GraphModule,
+    operators: int,
+    backend: Backend,
+    inputs: Sequence[torch.Tensor],
+    context: CompileContext,
+    store: EngineStore,
+) -> Piece:
+    before = len(context.records)
+    engine, origin, key = store.build(backend, graph, inputs, context)
+    return Piece(engine, graph, operators, origin, key, tuple(context.records[before:]))
 
 
 def _state(graph: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:

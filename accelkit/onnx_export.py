@@ -34,6 +34,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
+from accelkit.backend_api import EMBEDS_BELOW_BYTES
 from accelkit.errors import LoweringError
 from accelkit.onnx_weights import all_nodes
 from accelkit.twin import no_fused_multi_head_attention
@@ -41,15 +42,15 @@ from accelkit.twin import no_fused_multi_head_attention
 if TYPE_CHECKING:
     import onnx
 
-EXTERNAL_BYTES = 1024
+EXTERNAL_BYTES = EMBEDS_BELOW_BYTES
 """Floating-point tensors from this size on stay outside; the cache's key hashes the contents of all others."""
 
 _EXPORTING = threading.Lock()  # torch.onnx keeps "an export is going on" in a global
 
 
-def is_external(tensor: torch.Tensor) -> bool:
+def is_external(tensor: torch.Tensor, external_bytes: int = EXTERNAL_BYTES) -> bool:
     """Whether a graph's tensor stays outside the ONNX model."""
-    return tensor.is_floating_point() and tensor.nbytes >= EXTERNAL_BYTES
+    return tensor.is_floating_point() and tensor.nbytes >= external_bytes
 
 
 def initializer_name(target: str) -> str:
@@ -63,6 +64,7 @@ def export_onnx(
     opset: int | None = None,
     dialect: str = "standard",
     translations: Mapping[Callable[..., Any], Callable[..., Any]] | None = None,
+    external_bytes: int = EXTERNAL_BYTES,
 ) -> onnx.ModelProto:
     """The ONNX model of `graph`, without its weights (see the module's text); `graph` is not changed.
 
@@ -75,6 +77,8 @@ def export_onnx(
         dialect: of the fused operators' forms, "standard" or "com.microsoft" (accelkit.onnx_translations).
         translations: ONNX forms for operators, as `torch.onnx.export(custom_translation_table=...)` takes them, beside
             accelkit's own.
+        external_bytes: floating-point tensors from this size on stay outside; a backend whose `embeds_below_bytes` is other
+            than the default exports with that.
 
     Raises:
         LoweringError: the exporter cannot take the graph; the message has its reason. `nodes` is empty: see
@@ -100,7 +104,7 @@ def export_onnx(
             model: onnx.ModelProto = exported.model_proto
     except Exception as error:
         raise LoweringError(f"torch.onnx.export cannot take the graph: {_reason(error)}") from error
-    _fill_in_initializers(model, {initializer_name(t): v for t, v in attributes.items()})
+    _fill_in_initializers(model, {initializer_name(t): v for t, v in attributes.items()}, external_bytes)
     _check_dynamic(graph, model)
     return model
 
@@ -223,7 +227,7 @@ def _reason(error: BaseException) -> str:
 # --- initializers
 
 
-def _fill_in_initializers(model: onnx.ModelProto, tensors: Mapping[str, torch.Tensor]) -> None:
+def _fill_in_initializers(model: onnx.ModelProto, tensors: Mapping[str, torch.Tensor], external_bytes: int) -> None:
     graph = model.graph
     used = {name for node in all_nodes(graph) for name in node.input} | {o.name for o in graph.output}
     kept = [i for i in graph.input if i.name not in tensors]
@@ -234,7 +238,7 @@ def _fill_in_initializers(model: onnx.ModelProto, tensors: Mapping[str, torch.Te
         initializer = graph.initializer.add(
             name=value.name, data_type=value.type.tensor_type.elem_type, dims=list(tensor.shape)
         )
-        if is_external(tensor):
+        if is_external(tensor, external_bytes):
             initializer.data_location = initializer.EXTERNAL
             for key, text in (("location", "supplied-by-accelkit"), ("offset", "0"), ("length", str(tensor.nbytes))):
                 initializer.external_data.add(key=key, value=text)

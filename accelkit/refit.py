@@ -1,21 +1,27 @@
 """New weights for a compiled model: the captured program with other tensors, through the same passes, to the same engines.
 
-program + state dict -> program' -> passes -> engines (from the cache where they do not hold weights themselves)
+program + state dict -> program' -> passes -> engines: the ones there are, with the new weights, where their serialised
+                                               form holds none; else compiled
+
+The first matters to training code that evaluates its weights every epoch: nothing is compiled, with a cache or without.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from accelkit import graph as graphs
+from accelkit.backend_api import Backend, CompileContext
 from accelkit.capture import Program
 from accelkit.compiled import Built
-from accelkit.errors import InputError
+from accelkit.errors import InputError, LoweringError, warn
+from accelkit.lowering import EngineStore, Lowered, Stored
 from accelkit.persistence import ProgramModule
 
 if TYPE_CHECKING:
@@ -32,6 +38,7 @@ def refitted(plan: Plan, built: Built, state_dict: dict[str, torch.Tensor]) -> B
         raise InputError(
             "refit() needs a model that torch.export captures whole; this one runs in pieces: call optimize() again"
         )
+    plan = dataclasses.replace(plan, store=KeptEngines(built, plan.store))
     model = built.fallback
     if isinstance(model, ProgramModule):
         if unknown := sorted(set(state_dict) - set(built.program.exported.state_dict)):
@@ -46,6 +53,40 @@ def refitted(plan: Plan, built: Built, state_dict: dict[str, torch.Tensor]) -> B
         raise InputError(f"refit(): {_one_line(error)}") from None
     own = dict(fresh.named_parameters(remove_duplicate=False)) | dict(fresh.named_buffers(remove_duplicate=False))
     return plan.build_program(_program_with(built.program, own), 0.0, fresh)
+
+
+class KeptEngines:
+    """The engines of a build, loaded again with other weights; what it does not have, or what holds weights, comes from
+    `inner`."""
+
+    def __init__(self, built: Built, inner: EngineStore) -> None:
+        self._pieces = {piece.key: piece for variant in built.variants for piece in variant.lowered.pieces}
+        self._inner = inner
+
+    def build(
+        self, backend: Backend, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
+    ) -> Stored:
+        from accelkit.fingerprint import engine_key
+
+        if not backend.embeds_weights:
+            key = engine_key(graph, backend, context.precision, context.onnx_passes, inputs)
+            piece = self._pieces.get(key)
+            blobs = piece.engine.serialize() if piece is not None else {}
+            if piece is not None and blobs:
+                try:
+                    engine = backend.load(blobs, graph, inputs, context)
+                except LoweringError as error:
+                    warn(f"an engine does not take the new weights, so it is built anew: {error}")
+                else:
+                    context.records += piece.records
+                    return Stored(engine, "refitted", key)
+        return self._inner.build(backend, graph, inputs, context)
+
+    def recall(self, program: Any, lowered: Lowered, tolerance: float | None, results: Sequence[Any]) -> Any | None:
+        return self._inner.recall(program, lowered, tolerance, results)
+
+    def remember(self, program: Any, lowered: Lowered, tolerance: float | None, findings: Any) -> None:
+        self._inner.remember(program, lowered, tolerance, findings)
 
 
 def _copied(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

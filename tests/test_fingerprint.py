@@ -425,6 +425,36 @@ def test_weights_reach_the_key_only_where_engines_embed_them() -> None:
         assert (keys[0] == keys[1]) is same
 
 
+@dataclass(frozen=True)
+class Refittable(Fake):
+    """A backend that lets an option decide."""
+
+    refittable: bool = False
+
+    @property
+    def embeds_weights(self) -> bool:
+        return not self.refittable
+
+    @property
+    def embeds_below_bytes(self) -> int:
+        return 0
+
+
+def test_a_backend_may_embed_by_its_options() -> None:
+    x, graph = torch.ones(4, 8), graph_of(Model())
+    large, small = copy.deepcopy(graph), copy.deepcopy(graph)
+    with torch.no_grad():
+        large.weight += 1
+        small.scale += 1
+
+    def keys(backend: Backend) -> list[str]:
+        return [engine_key(g, backend, FP32, (), (x,)) for g in (graph, large, small)]
+
+    assert len(set(keys(Refittable()))) == 3
+    assert len(set(keys(Refittable(refittable=True)))) == 1
+    assert len(set(keys(FakeWithoutWeights()))) == 2  # a small one is a constant to it
+
+
 def test_an_option_shown_by_its_address_never_matches() -> None:
     graph, x, backend = graph_of(Model()), torch.ones(4, 8), Fake(thing=object())
     assert engine_key(graph, backend, FP32, (), (x,)) != engine_key(graph, backend, FP32, (), (x,))

@@ -12,7 +12,8 @@ from planted import optimize
 from torch import nn
 
 import accelkit
-from accelkit import InputError
+from accelkit import InputError, LoweringError
+from accelkit.backends.onnxruntime import OnnxRuntime
 
 pytestmark = pytest.mark.filterwarnings("ignore::accelkit.AccelkitWarning")
 
@@ -126,3 +127,66 @@ def test_every_bucket_gets_the_new_weights() -> None:
         x = torch.randn(rows, 3)
         torch.testing.assert_close(fast(x), other(x).detach())
     assert fast.stats()["variants"] == {"batch=1": 1, "batch=4": 1}
+
+
+# --- without a compilation
+
+
+class Wide(nn.Module):
+    """Weights that ONNX Runtime's engines do not hold; `convolution()` has small ones, which they do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 300), nn.GELU(), nn.Linear(300, 300))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def origins(fast: accelkit.CompiledModel) -> list[str]:
+    return [piece.origin for variant in fast.report().variants for piece in variant.pieces]
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_nothing_is_compiled_where_engines_hold_no_weights(
+    cache: bool, loaded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 16)
+    fast = optimize(Wide(), x, target="onnxruntime", passes=None, cache=cache)
+    if loaded:
+        fast.save(tmp_path / "m.accel")
+        fast = accelkit.load(tmp_path / "m.accel", cache=cache, progress=False)
+    passes = [record.name for record in fast.report().variants[0].ledger]
+    monkeypatch.setattr(OnnxRuntime, "compile", lambda *_: pytest.fail("compiled"))
+    for _ in range(2):  # a refitted model can be refitted
+        other = Wide()
+        fast.refit(other.state_dict())
+        torch.testing.assert_close(fast(x), other(x).detach())
+        assert origins(fast) == ["refitted"]
+        assert [record.name for record in fast.report().variants[0].ledger] == passes  # those of the ONNX passes too
+    assert fast.report().variants[0].accuracy[0].ok
+
+
+def test_what_holds_weights_is_compiled_anew() -> None:
+    model = convolution().eval()
+    x = torch.randn(2, 3, 6, 6)
+    fast = optimize(model, x, target="onnxruntime", passes=None)
+    other = convolution().eval()
+    fast.refit(other.state_dict())
+    assert origins(fast) == ["compiled"]
+    torch.testing.assert_close(fast(x), other(x).detach())
+
+
+def test_an_engine_that_does_not_take_the_weights_is_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any) -> Any:
+        raise LoweringError("planted")
+
+    x = torch.randn(2, 16)
+    fast = optimize(Wide(), x, target="onnxruntime")
+    monkeypatch.setattr(OnnxRuntime, "load", load)
+    other = Wide()
+    with pytest.warns(accelkit.AccelkitWarning, match="does not take the new weights, so it is built anew: planted"):
+        fast.refit(other.state_dict())
+    assert origins(fast) == ["compiled"]
+    torch.testing.assert_close(fast(x), other(x).detach())
