@@ -65,6 +65,7 @@ class Peer:
         default: whether runs have it without being asked.
         wide: whether it is measured in fp32 and tf32 too.
         sparse: whether it attends to the experiment's pattern only, and so computes another model.
+        slow: whether it takes long to build: then it is built after the others.
     """
 
     label: str
@@ -72,6 +73,7 @@ class Peer:
     default: bool = True
     wide: bool = False
     sparse: bool = False
+    slow: bool = False
 
 
 def run(model: Callable[..., Any], inputs: Inputs) -> Call:
@@ -164,6 +166,18 @@ def onnxruntime_plain(case: Case) -> Call:
     return by_hand.onnxruntime_session(case.model, case.inputs)
 
 
+def accelkit_tuned(case: Case) -> Call:
+    """accelkit's fused target, its kernels chosen by measuring while it is built."""
+    import accelkit
+    from accelkit.backends.fastertransformer import FasterTransformer
+
+    fast = accelkit.optimize(
+        case.model, case.inputs, target=FasterTransformer(tune=True), precision=case.precision, cache=case.cache,
+        progress=False,
+    )  # fmt: skip
+    return run(fast, case.inputs)
+
+
 def accelkit_on(target: str | None, passes: Callable[[Case], Sequence[Any]] | None = None) -> Callable[[Case], Call]:
     """accelkit.optimize for a target (None: the run's), with its default passes or those that are given for the case."""
 
@@ -208,10 +222,11 @@ PEERS: dict[str, Peer] = {
     "eager": Peer("PyTorch", eager, wide=True),
     "graph": Peer("PyTorch, CUDA graph", cuda_graph, wide=True),
     "compile": Peer("torch.compile, reduce-overhead", compiled("reduce-overhead"), wide=True),
-    "autotune": Peer("torch.compile, max-autotune", compiled("max-autotune"), default=False),  # 20 to 180 s a shape
+    "autotune": Peer("torch.compile, max-autotune", compiled("max-autotune"), default=False, slow=True),  # 20 to 180 s
     "xformers": Peer("xFormers by hand", xformers_by_hand),
     "xformers-graph": Peer("xFormers by hand, CUDA graph", xformers_graph),
     "onnxruntime": Peer("ONNX Runtime CUDA, plain export", onnxruntime_plain),
     ACCELKIT: Peer("accelkit", accelkit_on(None), wide=True),
+    "accelkit-tuned": Peer("accelkit, tuned", accelkit_tuned, default=False, slow=True),
     "accelkit-onnxruntime": Peer("accelkit onnxruntime", accelkit_on("onnxruntime"), default=False),
 }

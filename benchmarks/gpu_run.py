@@ -3,7 +3,7 @@
     main([Experiment("fx2ait_encoder", "...", "encoder-block", batches=(1, 8))], __doc__, arguments)
 
 A candidate that cannot be built or run becomes a row with the reason. The results file is written anew after every batch
-size, so that a run that is cut short leaves what it has measured.
+size, so that a run that is cut short leaves what it has measured; so are parts of it, see parts.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import by_hand
+import parts
 import torch
 from floors import Ceilings, floor_of, measure_ceilings, work_of
 from gpu_models import subject
@@ -90,6 +91,7 @@ def parse(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] 
     parser.add_argument("--rounds", type=int, help="exactly this many rounds")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is built")
     parser.add_argument("--cache", action="store_true", help="accelkit may take engines from its cache")
+    parts.add_options(parser)
     parser.add_argument("--output", type=Path, help="results folder (default: benchmarks/results; --tiny: temporary)")
     options = parser.parse_args(arguments)
     for given, names in ((options.model, models), (options.precision or (), DTYPES), (options.peers or (), known)):
@@ -142,10 +144,11 @@ class Run:
             "model": e.model, "description": self.spec.description, "device": options.device, "target": options.target,
             "quick": options.quick, "tiny": options.tiny, "ceilings": self.ceilings.to_json(),
             "labels": {key: peer.label for key, peer in e.peers.items()},
-            "sparse": [key for key, peer in e.peers.items() if peer.sparse],
+            "sparse": [key for key, peer in e.peers.items() if peer.sparse], **parts.facts(options),
         }  # fmt: skip
         gpu_title = {"gpu_title": f"{e.title} (tiny: no measurement)" if options.tiny else e.title}
-        return write_results(e.name, self.rows, options.output, packages=PACKAGES, **gpu_title, **facts)
+        name = parts.file_name(e.name, options)
+        return write_results(name, self.rows, options.output, packages=PACKAGES, **gpu_title, **facts)
 
     def peers(self, precision: str) -> dict[str, Peer]:
         """Those of the run in a precision; a peer that was asked for by name has every precision."""
@@ -168,15 +171,20 @@ class Run:
             for precision in self.precisions:
                 row_of_all = self._floor(inputs, kept, precision)
                 case = self._case(inputs, precision)
-                for key, peer in self.peers(precision).items():
+                chosen = self.peers(precision)
+                rows |= {
+                    f"{key} {precision}": {"batch": batch, "precision": precision, "candidate": key, "failure": None}
+                    for key in chosen
+                }
+                for key, peer in sorted(chosen.items(), key=lambda item: item[1].slow):  # a spent budget costs the slow
                     name = f"{key} {precision}"
-                    row = rows[name] = {"batch": batch, "precision": precision, "candidate": key, "failure": None}
+                    row = rows[name]
                     self._say(f"batch {batch}: building {name}")
                     call = self._build(peer, case, truths[peer.sparse], kept, row)
                     row.update({} if peer.sparse else row_of_all)
                     if call is not None:
                         calls[name] = call
-            self._time(calls, rows, batch)
+            self._time({name: calls[name] for name in rows if name in calls}, rows, batch)
             calls.clear()
         self._clean()
         return list(rows.values())

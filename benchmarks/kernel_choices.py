@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import parts
 import torch
 
 from accelkit.backends.fastertransformer.tune import GraphTimer, tasks_of_model
@@ -32,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--budget", type=float, default=300.0, help="seconds of tuning")
+    parts.add_options(parser)
     options = parser.parse_args()
     os.environ["ACCELKIT_CACHE_DIR"] = tempfile.mkdtemp(prefix="accelkit-choices-")  # nothing is known beforehand
     tasks, users = [], defaultdict(set)
@@ -65,8 +67,8 @@ def main() -> int:
         ],
     }  # fmt: skip
     path = write_results(
-        "kernel_choices", rows, options.output, title="Kernels by shape, fp16", table=table, left=outcome.left,
-        packages=("triton",),
+        parts.file_name("kernel_choices", options), rows, options.output, title="Kernels by shape, fp16", table=table,
+        left=outcome.left, packages=("triton",), **parts.facts(options),
     )  # fmt: skip
     print(f"{len(rows)} problems, {len(outcome.left)} left; wrote {path}")
     return 0
