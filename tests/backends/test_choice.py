@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from fused_graphs import encoder, fused_graph, operators
+from fused_graphs import Case, encoder, fused_graph, operators, with_random_vectors
 from torch import Tensor, fx
 
 from accelkit import Dim
-from accelkit.backends.fastertransformer import choice
+from accelkit.backends.fastertransformer import agreement, choice
 from accelkit.backends.fastertransformer.choice import FOLDED, PLAIN, SPLIT, choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable
 from accelkit.ops import linear_residual_layer_norm
@@ -79,6 +80,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(choice, "why_no_kernel", lambda node: None)
     monkeypatch.setattr(linear_residual_layer_norm, "without_triton", lambda: None)
     return made
+
+
+class Sum(Case):
+    """linear(layer_norm(linear(x) + residual)), 128 wide: its one norm folds."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda self, x, residual: self.b(self.normalised(self.a(x), residual)[0]))
 
 
 @functools.cache
@@ -245,6 +253,13 @@ def test_a_form_that_cannot_be_replayed_is_left_out(machine: Machine) -> None:
     assert machine.replayed.count(FOLDED) == 1
 
 
+def test_only_another_form_can_be_recorded(machine: Machine) -> None:
+    machine.unrecordable = {PLAIN: torch.OutOfMemoryError("2 GiB"), SPLIT: NotRecordable("waits")}
+    made = chosen(machine)
+    assert made.name == FOLDED
+    assert set(made.failures) == {PLAIN, SPLIT}
+
+
 def test_where_nothing_can_be_recorded_the_graph_stays(machine: Machine) -> None:
     machine.unrecordable = dict.fromkeys((PLAIN, FOLDED, SPLIT), NotRecordable("dropout draws random numbers"))
     made = chosen(machine)
@@ -263,7 +278,90 @@ def test_a_rewrite_that_fails_is_left_out(machine: Machine, monkeypatch: pytest.
     assert made.failures == {FOLDED: "'weight'"}
 
 
+def test_where_no_other_form_can_be_made_the_reasons_are_told(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(error: Exception) -> Callable[[fx.GraphModule], int]:
+        def rewrite(graph: fx.GraphModule) -> int:
+            raise error
+
+        return rewrite
+
+    monkeypatch.setattr(choice, "fold_layer_norms", failing(torch.OutOfMemoryError("2 GiB\nmore lines")))
+    monkeypatch.setattr(choice, "split_linears", failing(RuntimeError("a malformed graph")))
+    made = chosen(machine)
+    assert not machine.recorded
+    assert made.note() == (
+        "runs as fused by the passes; not layer norms folded into linear layers: out of memory (2 GiB); "
+        "not linear layers split between programs: a malformed graph"
+    )
+
+
 def test_other_errors_while_recording_are_not_swallowed(machine: Machine) -> None:
     machine.unrecordable[FOLDED] = KeyError("a bug")
     with pytest.raises(KeyError):
         chosen(machine)
+
+
+# --- what is exact enough
+
+
+def folded_fastest(machine: Machine, *inputs: Tensor) -> choice.Choice:
+    """The choice for a Sum of these inputs, in float32 (which is never split), where folding is the fastest form."""
+    machine.milliseconds[FOLDED] = [0.2]
+    graph = fused_graph(with_random_vectors(Sum()), *inputs)
+    return choose(graph, inputs, 3, CUDA, machine.arithmetic)
+
+
+def test_folding_runs_where_it_loses_nothing(machine: Machine) -> None:
+    made = folded_fastest(machine, torch.randn(1, 1024, 128), torch.randn(1, 1024, 128))
+    assert made.name == FOLDED
+    assert made.failures == {}
+
+
+def test_folding_is_passed_over_where_rows_have_large_means(machine: Machine) -> None:
+    """Deviations of 1.4 around a mean of 200: the product of the sum with W loses what layer norm would have kept."""
+    residual = 200.0 + torch.randint(-2, 3, (1, 1024, 128)).float()
+    made = folded_fastest(machine, torch.randn(1, 1024, 128), residual)
+    assert made.name == PLAIN
+    assert made.milliseconds[FOLDED] == 0.2
+    assert set(made.failures) == {FOLDED}
+    assert re.search(
+        r"runs as fused by the passes; not layer norms folded into linear layers: output 0 has an error of "
+        r"\d\.\de-\d\d against float64, the form of the passes \d\.\de-\d\d \(allowed \d\.\de-\d\d\)$",
+        made.note() or "",
+    )
+
+
+def test_the_next_fastest_takes_the_place_of_a_wrong_one(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.milliseconds.update({FOLDED: [0.2], SPLIT: [0.5]})
+
+    def fault(self: agreement.Agreement, form: fx.GraphModule) -> str | None:
+        return "twice as wrong" if _form_of(form) == FOLDED else None
+
+    monkeypatch.setattr(agreement.Agreement, "fault", fault)
+    made = chosen(machine)
+    assert made.name == SPLIT
+    assert made.failures == {FOLDED: "twice as wrong"}
+
+
+def test_without_float64_a_form_may_differ_by_8_epsilon(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("float64")
+
+    monkeypatch.setattr(agreement, "reference_outputs", no_memory)
+    near, far = torch.randn(1, 1024, 128), 1e4 + 8.0 * torch.randint(-2, 3, (1, 1024, 128)).float()
+    assert folded_fastest(machine, torch.randn(1, 1024, 128), near).name == FOLDED
+    made = folded_fastest(machine, torch.randn(1, 1024, 128), far)
+    assert made.name == PLAIN
+    assert re.match(r"output 0 differs from it by \d\.\de-\d\d, allowed 7\.6e-06", made.failures[FOLDED])
+
+
+def test_a_form_that_cannot_be_compared_is_passed_over(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("2 GiB")
+
+    monkeypatch.setattr(agreement.Agreement, "_run", no_memory)
+    made = folded_fastest(machine, torch.randn(1, 1024, 128), torch.randn(1, 1024, 128))
+    assert made.name == PLAIN
+    assert made.failures == {FOLDED: "it cannot be compared, out of memory (2 GiB)"}

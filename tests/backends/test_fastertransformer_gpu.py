@@ -275,6 +275,26 @@ def test_a_recording_that_fails_leaves_pytorch_as_it_was() -> None:
     assert again.describe().memory_bytes
 
 
+def test_large_means_do_not_end_the_build() -> None:
+    """Folded layer norms lose digits here; whichever form is the fastest, one that is exact enough runs."""
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm = nn.Linear(768, 768), nn.Linear(768, 3072), nn.LayerNorm(768)
+
+        def forward(self, x: torch.Tensor, residual: torch.Tensor) -> Any:
+            return self.b(self.norm(self.a(x) + residual))
+
+    x, residual = batch(8192, 768), 2048 + 2 * torch.randint(-2, 3, (8192, 768), device="cuda").half()
+    fast = accelkit.optimize(Sum().half().cuda(), (x, residual), target="fastertransformer", precision="fp16")
+    found = fast.report().variants[0]
+    assert all(output.ok for output in found.accuracy)
+    notes = "\n".join(note for piece in found.pieces for note in piece.facts.notes)
+    assert "layer norms folded into linear layers" in notes, "the form was not tried"
+    assert "against float64" in notes or "runs layer norms folded" not in notes, notes
+
+
 def test_tf32_stays_in_the_recording() -> None:
     model = nn.Sequential(Layer(), Layer()).cuda().eval()
     x = batch(4, 50, 128, dtype=torch.float32)

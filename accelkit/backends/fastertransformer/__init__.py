@@ -31,8 +31,8 @@ class FasterTransformer(Backend):
         pad_batch: run a batch between two recorded sizes in the next larger one where the model provably treats rows
             independently and that measured faster.
         fold_layer_norms: measure the form with layer norms folded into linear layers too. It subtracts a row's mean after the
-            matrix product; False where a model's means are so large beside the deviations that the build ends in an
-            AccuracyError.
+            matrix product, which loses digits where means are large beside the deviations: where that shows on the example
+            inputs, the form is passed over and the report says so. False where other inputs may be like that.
         warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
         tune: whether to measure, while compiling, which kernel and configuration each fused operator runs with on this GPU:
             False uses what is known from earlier tuning and else rules; True takes 60 seconds at most for each engine, a

@@ -1,9 +1,10 @@
-"""Which form of a graph runs: recorded side by side, replayed in turns, the fastest is kept.
+"""Which form of a graph runs: recorded side by side, replayed in turns, the fastest that is right is kept.
 
     as the passes left it  |  layer norms folded into linear layers (fold_layer_norm)  |  linear layers split (split_linear)
 
 No rule says where they pay: it depends on rows, widths and the GPU. Folding wants many rows, splitting few; between the two
-limits below all forms are measured.
+limits below all forms are measured. A form that is less exact than the passes' own is passed over (`agreement`): folding
+subtracts a row's mean after the matrix product, and loses digits where means are large beside the deviations.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, fx
 
 from accelkit import graph as graphs
+from accelkit.backends.fastertransformer.agreement import Agreement
 from accelkit.backends.fastertransformer.fold_layer_norm import fold_layer_norms
 from accelkit.backends.fastertransformer.obstacles import NotRecordable
 from accelkit.backends.fastertransformer.prepare import own_copy, why_no_kernel
 from accelkit.backends.fastertransformer.recording import Recorder, call_ms
 from accelkit.backends.fastertransformer.split_linear import split_linears
 from accelkit.ops import operator_of
+from accelkit.precision import FP32, Precision
 
 PLAIN = "as fused by the passes"
 FOLDED = "layer norms folded into linear layers"
@@ -36,9 +39,9 @@ class Choice(NamedTuple):
     """The graph to run and why.
 
     Attributes:
-        graph: the fastest form. name: which one it is.
+        graph: the fastest form that is right. name: which one it is.
         milliseconds: of each form that could be measured, by name; empty where there was only one.
-        failures: forms that could not be had or measured, and why.
+        failures: forms that could not be had or measured, or are not exact enough, and why.
     """
 
     graph: fx.GraphModule
@@ -62,10 +65,12 @@ def choose(
     device: torch.device,
     arithmetic: Callable[[], AbstractContextManager[None]],
     fold: bool = True,
+    precision: Precision = FP32,
 ) -> Choice:
     """The fastest form of a prepared graph for these inputs; measures on a GPU where there are several.
 
-    A form that fails, for want of memory too, is left out with the reason; where none can be measured the graph stays as it is.
+    A form that fails, for want of memory too, or whose results on these inputs are not exact enough, is left out with the
+    reason; where none can be measured the graph stays as it is.
     """
     forms = {PLAIN: graph}
     failures: dict[str, str] = {}
@@ -84,11 +89,25 @@ def choose(
     if len(forms) == 1:
         return Choice(graph, PLAIN, {}, failures)
     times = _measure(forms, inputs, warmup, device, arithmetic, failures)
-    # the first within two per cent of the fastest: a near-tie must come out the same every time
-    name = next(n for n in times if times[n] <= 1.02 * min(times.values())) if times else PLAIN
+    agreement = Agreement(graph, inputs, precision, arithmetic)
+    left = dict(times)
+    while (name := _fastest(left)) != PLAIN:
+        try:
+            fault = agreement.fault(forms[name])
+        except torch.OutOfMemoryError as error:
+            fault = f"it cannot be compared, {_why(error)}"
+        if fault is None:
+            break
+        failures[name] = fault
+        del left[name]
     if name == PLAIN:  # where it cannot be recorded the engine finds the same reason, and reports it
         failures = {n: why for n, why in failures.items() if why != failures.get(PLAIN)}
     return Choice(forms[name], name, times, failures)
+
+
+def _fastest(times: Mapping[str, float]) -> str:
+    """The first within two per cent of the fastest: a near-tie must come out the same every time."""
+    return next((n for n in times if times[n] <= 1.02 * min(times.values())), PLAIN)
 
 
 def _rewritten(graph: fx.GraphModule, rewrite: Callable[[fx.GraphModule], int]) -> fx.GraphModule | None:

@@ -52,7 +52,7 @@ class FasterTransformerEngine(Engine):
         self._tuned = self._tune(prepared, examples, context) if backend.tune else ()
         context.progress("choosing kernels")
         self._choice = choose(
-            prepared, examples, backend.warmup, self._device, self._arithmetic, backend.fold_layer_norms
+            prepared, examples, backend.warmup, self._device, self._arithmetic, backend.fold_layer_norms, context.precision
         )  # fmt: skip
         self._graph = self._choice.graph
         self._weight_bytes = _own_bytes(self._graph, graph)
