@@ -116,7 +116,7 @@ class _Worker:
             if left <= 0:
                 raise LoweringError(
                     f"TensorRT was still {stage} after the {time_limit_s:g} s that the build may take, and was stopped: raise "
-                    "the time limit, lower optimization_level, or keep a timing cache, which makes the next build shorter"
+                    "time_limit_s, lower optimization_level, or keep a timing cache, which makes the next build shorter"
                 )
             if now >= next_words:
                 say(f"TensorRT {stage}{share}, {now - started:.0f} s")
@@ -234,14 +234,14 @@ def _error(job: BuildJob, result: BuildResult, failure: Failure) -> LoweringErro
     if failure.kind == "memory":
         workspace = "all memory" if job.workspace_bytes is None else f"{job.workspace_bytes / 2**30:.1f} GiB"
         return LoweringError(
-            f"{library} ran out of memory while building ({failure.message}): free memory on GPU {job.device}, lower the workspace "
+            f"{library} ran out of memory while building ({failure.message}): free memory on GPU {job.device}, lower workspace_gib "
             f"(now {workspace}), or build for smaller shapes"
         )
     remedies = {
         "build": "see the library's own words; a lower optimization_level or other tactic_sources often help",
         "disk": "free room beside the ONNX file, or set TMPDIR to a folder with more",
         "device": f"check with nvidia-smi that the driver works and GPU {job.device} is there and free",
-        "plugin": "check plugin_library: the path, and that the library was built for this TensorRT",
+        "plugin": "check plugin_libraries: the path, and that the library was built for this TensorRT",
         "option": "leave the option out, or install a version that has it",
     }
     remedy = remedies.get(failure.kind)

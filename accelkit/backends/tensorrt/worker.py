@@ -221,11 +221,14 @@ class Build:
     def _leave_out_missing_libraries(self, trt: Any, config: Any) -> None:
         """The default sources, less those whose library does not start here: with them the build would fail."""
         mask = config.get_tactic_sources()
+        missing = {}
         for name, bit in versions.outside_sources(trt).items():
             if mask & bit and (why := _no_handle(*HANDLES[name])) is not None:
                 mask &= ~bit
-                self.notes.append(f"built without tactics from {name}: {why}")
-        config.set_tactic_sources(mask)
+                missing[name] = why
+        if missing:
+            config.set_tactic_sources(mask)
+            self.notes.append(f"built without tactics from {', '.join(missing)}: {next(iter(missing.values()))}")
 
     def _configure_network(self, trt: Any, builder: Any, config: Any, network: Any) -> None:
         if left := versions.keep_fp32(trt, config, network, set(self.job.keep_fp32)):
