@@ -93,12 +93,15 @@ class Backend(_Pass):
             constants that a compiler looks into. 0 where `load` replaces those too.
         fused_operators: short names (`attention`) of the fused operators (`torch.ops.accelkit.*`, accelkit.ops) that `compile`
             takes; lowering gives it the others as their meanings, in ATen operators.
+        measures_pieces: whether a piece of a graph that runs in part in PyTorch is timed beside PyTorch, and given back to it
+            where its engine is slower (accelkit.give_back).
         description: one sentence for tables.
     """
 
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     fused_operators: ClassVar[frozenset[str]] = frozenset()
+    measures_pieces: ClassVar[bool] = False
     description: ClassVar[str] = ""
 
     @property

@@ -9,7 +9,7 @@ Sizes are free: a stage that needs `x.shape[0]` computes it from x itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -21,7 +21,7 @@ from accelkit.backend_api import Backend, CompileContext, Engine
 from accelkit.errors import LoweringError
 from accelkit.ops.decompose import decomposed_for
 from accelkit.pass_api import Refusal
-from accelkit.pass_runner import PassRecord
+from accelkit.pieces import Piece, PieceBuilder
 
 _MATRIX_WORDS = ("linear", "mm", "conv", "attention", "einsum", "lstm", "gru", "embedding", "norm", "softmax")
 _MIN_NODES = 4
@@ -74,27 +74,6 @@ class AlwaysCompile:
 
 
 @dataclass
-class Piece:
-    """A part of the graph that one engine runs.
-
-    Attributes:
-        engine: the engine.
-        graph: the part, as it was compiled.
-        operators: number of operators in it.
-        origin: where the engine came from: `compiled`, `cache`, `artifact`, or `refitted` (the same with other weights).
-        key: what a cache or a file keeps the engine under.
-        records: what the backend's own passes did to it.
-    """
-
-    engine: Engine
-    graph: fx.GraphModule
-    operators: int
-    origin: str
-    key: str
-    records: tuple[PassRecord, ...] = ()
-
-
-@dataclass
 class Lowered:
     """A lowered graph: call it with the graph's inputs, get its outputs.
 
@@ -104,6 +83,7 @@ class Lowered:
         refusals: operators that stay in PyTorch, and why.
         torch_operators: number of operators that stay in PyTorch.
         graph: what was lowered: the graph after the passes.
+        given_back: serialised engines, by key, of pieces that measured slower than PyTorch and run there.
     """
 
     call: Callable[..., Sequence[Any]]
@@ -111,6 +91,12 @@ class Lowered:
     refusals: list[Refusal] = field(default_factory=list)
     torch_operators: int = 0
     graph: fx.GraphModule | None = None
+    given_back: dict[str, dict[str, bytes]] = field(default_factory=dict)
+
+    def serialized(self, except_for: Container[str] = ()) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Each engine's key and serialised form, those that were given back too."""
+        yield from ((p.key, p.engine.serialize()) for p in self.pieces if p.key not in except_for)
+        yield from ((key, blobs) for key, blobs in self.given_back.items() if key not in except_for)
 
 
 def lower(
@@ -125,7 +111,7 @@ def lower(
     Raises:
         LoweringError: the backend failed on a piece without naming operators that it could do without.
     """
-    store = store or AlwaysCompile()
+    builder = PieceBuilder(backend, context, store or AlwaysCompile())
     after_passes = graph
     graph, refused = decomposed_for(backend.name, backend.fused_operators, graph, context.records)
     for node in graph.graph.nodes:
@@ -137,8 +123,8 @@ def lower(
         stages = _stages(graph, refused)
         records = len(context.records)
         try:
-            lowered = _compile(graph, stages, refused, backend, inputs, context, store)
-            lowered.graph = after_passes
+            lowered = _compile(graph, stages, refused, inputs, builder)
+            lowered.graph, lowered.given_back = after_passes, builder.given_back
             return lowered
         except LoweringError as error:
             culprits = {n: error.nodes[n.name] for n in graph.graph.nodes if n.name in error.nodes and n not in refused}
@@ -246,18 +232,17 @@ def _compile(
     graph: fx.GraphModule,
     stages: list[_Stage],
     refused: dict[fx.Node, str],
-    backend: Backend,
     inputs: Sequence[torch.Tensor],
-    context: CompileContext,
-    store: EngineStore,
+    builder: PieceBuilder,
 ) -> Lowered:
+    say, name = builder.context.progress, builder.backend.name
     refusals = [Refusal(n.name, f"{n.target}: {why}") for n, why in refused.items()]
     results = _results(graph)
     state = _state(graph)
     whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results) and not state
     if whole:
-        context.progress(f"compiling {len(stages[0].nodes)} operators for {backend.name}")
-        piece = _piece(graph, len(stages[0].nodes), backend, inputs, context, store)
+        say(f"compiling {len(stages[0].nodes)} operators for {name}")
+        piece = builder.build(graph, len(stages[0].nodes), inputs)
         return Lowered(piece.engine, [piece], refusals, 0, graph)
 
     placeholders = graph.graph.find_nodes(op="placeholder")
@@ -275,10 +260,12 @@ def _compile(
         needed = any(s.in_engine for s in stages[index + 1 :])
         examples = [values[n] for n in taken] if stage.in_engine or needed else []
         if stage.in_engine:
-            context.progress(
-                f"compiling {len(stage.nodes)} operators for {backend.name} (stage {index + 1} of {len(stages)})"
-            )
-            pieces.append(_piece(part, len(stage.nodes), backend, examples, context, store))
+            say(f"compiling {len(stage.nodes)} operators for {name} (stage {index + 1} of {len(stages)})")
+            inside = [n.name for n in stage.nodes]
+            if all(s.in_engine for s in stages if s.nodes):
+                pieces.append(builder.build(part, len(inside), examples))
+            else:
+                pieces.append(builder.build_beside(part, inside, examples, _TorchStage(part)))
             run: Callable[..., Sequence[Any]] = pieces[-1].engine
         else:
             torch_operators += len(stage.nodes)
@@ -291,19 +278,6 @@ def _compile(
     constants = {r: graphs.attribute(graph, str(r.target)) for r in results if r.op == "get_attr" and r not in state}
     returned = tuple(constants[r] if r in constants else slots[r] for r in results)
     return Lowered(_Stitched(steps, tuple(state.values()), returned), pieces, refusals, torch_operators, graph)
-
-
-def _piece(
-    graph: fx.GraphModule,
-    operators: int,
-    backend: Backend,
-    inputs: Sequence[torch.Tensor],
-    context: CompileContext,
-    store: EngineStore,
-) -> Piece:
-    before = len(context.records)
-    engine, origin, key = store.build(backend, graph, inputs, context)
-    return Piece(engine, graph, operators, origin, key, tuple(context.records[before:]))
 
 
 def _state(graph: fx.GraphModule) -> dict[fx.Node, torch.Tensor]:

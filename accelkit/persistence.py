@@ -67,14 +67,11 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
     }
     engines: dict[str, dict[str, str]] = {}
     for variant in built.variants:
-        for piece in variant.lowered.pieces:
-            if piece.key in engines:
-                continue
-            blobs = piece.engine.serialize()
+        for key, blobs in variant.lowered.serialized(except_for=engines):
             names = {name: f"engines/{len(engines)}/{number}" for number, name in enumerate(blobs)}
             members.update({names[name]: blob for name, blob in blobs.items()})
             if blobs:
-                engines[piece.key] = names
+                engines[key] = names
     manifest = {
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -61,6 +61,7 @@ class KeptEngines:
 
     def __init__(self, built: Built, inner: EngineStore) -> None:
         self._pieces = {piece.key: piece for variant in built.variants for piece in variant.lowered.pieces}
+        self._given_back = {key: blobs for v in built.variants for key, blobs in v.lowered.given_back.items()}
         self._inner = inner
 
     def build(
@@ -71,14 +72,14 @@ class KeptEngines:
         if not backend.embeds_weights:
             key = engine_key(graph, backend, context.precision, context.onnx_passes, inputs)
             piece = self._pieces.get(key)
-            blobs = piece.engine.serialize() if piece is not None else {}
-            if piece is not None and blobs:
+            blobs = piece.engine.serialize() if piece is not None else self._given_back.get(key, {})
+            if blobs:
                 try:
                     engine = backend.load(blobs, graph, inputs, context)
                 except LoweringError as error:
                     warn(f"an engine does not take the new weights, so it is built anew: {error}")
                 else:
-                    context.records += piece.records
+                    context.records += piece.records if piece is not None else ()
                     return Stored(engine, "refitted", key)
         return self._inner.build(backend, graph, inputs, context)
 
