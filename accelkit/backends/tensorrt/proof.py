@@ -1,0 +1,353 @@
+"""Which precision the layers of a built engine really run in, and for how long: read back, never repeated from what was asked.
+
+    inspector's layers + IProfiler's times (+ the kernels that ran, for fused regions) --> Proof --> report, or a LoweringError
+
+A layer's evidence, strongest first: the kernel's name (`..._f16f16_f16f32_f32_...`), the dtype of its weights, the dtypes of
+its floating-point tensors where they are all the same. A fused region of Myelin (`{ForeignNode[...]}`, TensorRT 8's way with
+transformers) shows its borders only, which prove nothing about its inside: it counts as not told, unless all matrix-product
+kernels of the whole run (torch.profiler's list) are of one precision; then the region's are too. Not told is said, not guessed.
+Layers that only move data, and those on integers, count for nothing: `movement`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from accelkit.backends.tensorrt.kernel_names import arithmetic
+from accelkit.errors import LoweringError
+
+PRODUCT, REGION, OTHER, MOVEMENT = "product", "region", "other", "movement"
+UNKNOWN = "unknown precision"
+TOLERATED_SHARE = 0.05
+"""Of the products' time, in a wider precision than asked: TensorRT 8.6 takes a float32 kernel for a tiny product where that is
+faster. Such layers are listed; a narrower precision than asked is always an error."""
+_WIDTH = {"int8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "tf32": 3, "fp32": 4, "fp64": 8}
+_MOVES = (
+    "reformat", "noop", "no-op", "constant", "shuffle", "slice", "gather", "concat", "copy", "identity", "shape", "signal", "wait",
+    "memset", "cast", "move", "devicetoshapehost", "shapehosttodevice", "fill", "nonzero", "trainstation", "padding",
+)  # fmt: skip
+_PRODUCTS = (
+    "gemm",
+    "matrixmultiply",
+    "matrix_multiply",
+    "convolution",
+    "caskconv",
+    "deconvolution",
+    "fullyconnected",
+    "mha",
+    "fc",
+)
+_FORMATS = (
+    ("bf16", re.compile(r"\bbf16\b|bfloat16", re.I)), ("fp16", re.compile(r"\bfp16\b|\bhalf\b", re.I)),
+    ("fp8", re.compile(r"\bfp8\b", re.I)), ("int8", re.compile(r"\bint8\b", re.I)),
+    ("fp32", re.compile(r"\bfp32\b|\bfloat(?:32)?\b", re.I)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the built engine.
+
+    Attributes:
+        name: TensorRT's: the ONNX nodes in it.
+        kind: `product` (matrix product, convolution, attention), `region` (fused, its inside not shown), `other`, `movement`.
+        precision: of its arithmetic; None where nothing tells.
+        ms: time of one run on the example; None where it was not measured.
+    """
+
+    name: str
+    kind: str
+    precision: str | None
+    ms: float | None = None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was read back.
+
+    Attributes:
+        layers: in the engine's order.
+        kernels: precision -> ms, of the matrix-product kernels that one run launched (`unknown precision` where their names do
+            not tell); empty where kernels were not listed.
+        notes: what could not be obtained, and why.
+    """
+
+    layers: tuple[Layer, ...] = ()
+    kernels: Mapping[str, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Proof:
+        return cls(tuple(Layer(**layer) for layer in data["layers"]), data["kernels"], tuple(data["notes"]))
+
+    def counted(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.kind != MOVEMENT]
+
+    def precisions(self) -> dict[str, int]:
+        """Precision -> number of layers in it, `unknown precision` among them; movement does not count."""
+        return dict(Counter(layer.precision or UNKNOWN for layer in self.counted()).most_common())
+
+    def sentences(self) -> list[str]:
+        """For the report."""
+        said = [text] if (text := self._shares()) else []
+        if self.kernels:
+            total = sum(self.kernels.values())
+            shares = ", ".join(f"{name} {_percent(ms, total)}" for name, ms in _largest_first(self.kernels))
+            said.append(f"matrix-product kernels that ran, by their names: {shares} of {total:.3g} ms")
+        regions = [layer for layer in self.layers if layer.kind == REGION]
+        if regions:
+            told = sum(layer.precision is not None for layer in regions)
+            how = (
+                "told by the kernels that ran"
+                if told
+                else "which show their borders only, so their precision is not told"
+            )
+            said.append(f"{len(regions)} fused region{'s' * (len(regions) > 1)} of TensorRT's, {how}")
+        return [*said, *self.notes]
+
+    def _shares(self) -> str:
+        layers = self.counted()
+        if not layers:
+            return ""
+        timed = [layer for layer in layers if layer.ms is not None]
+        total = sum(layer.ms or 0.0 for layer in timed)
+        parts = []
+        for precision, count in self.precisions().items():
+            ms = sum(layer.ms or 0.0 for layer in timed if (layer.precision or UNKNOWN) == precision)
+            time = f", {_percent(ms, total)} of the time" if total else ""
+            parts.append(f"{precision}: {_percent(count, len(layers))} of {len(layers)} layers{time}")
+        moved = sum(layer.ms or 0.0 for layer in self.layers if layer.kind == MOVEMENT)
+        return "; ".join(parts) + (f" ({total:.3g} ms, and {moved:.3g} ms of moving data)" if total else "")
+
+
+def require_precision(proof: Proof, asked: str, keep_fp32: Iterable[str] = ()) -> tuple[str, ...]:
+    """Refuse an engine whose matrix products run in another precision than asked.
+
+    Layers that hold one of the ONNX nodes in `keep_fp32` may run in fp32. With `tf32` asked, fp32 is fine.
+
+    Returns:
+        sentences for the report, about few products in a wider precision.
+
+    Raises:
+        LoweringError: it names the layers and their precisions.
+    """
+    kept = set(keep_fp32)
+    products = [layer for layer in proof.layers if layer.kind in (PRODUCT, REGION) and layer.precision is not None]
+    allowed = {asked, "fp32"} if asked == "tf32" else {asked}
+    wrong = [
+        layer for layer in products
+        if layer.precision not in allowed and not (layer.precision == "fp32" and kept & set(onnx_nodes(layer.name)))
+    ]  # fmt: skip
+    if not wrong:
+        return _require_kernels(proof, asked, allowed, bool(kept))
+    worse = [layer for layer in wrong if _WIDTH[str(layer.precision)] <= _WIDTH[asked]]
+    share = _share(wrong, products)
+    listed = ", ".join(f"{_short(layer.name)} in {layer.precision}" for layer in (worse or wrong)[:5])
+    more = f" and {len(worse or wrong) - 5} more" if len(worse or wrong) > 5 else ""
+    if worse or share > TOLERATED_SHARE:
+        raise LoweringError(
+            f"{asked} was asked for, and TensorRT built {len(worse or wrong)} of {len(products)} matrix-product layers in another "
+            f"precision ({listed}{more}; {share:.0%} of the products' time): ask for precision={(worse or wrong)[0].precision!r} "
+            "if that will do, or build with another optimization_level"
+        )
+    return (f"{len(wrong)} matrix products run in a wider precision, being faster so ({share:.1%}): {listed}{more}",)
+
+
+def _require_kernels(proof: Proof, asked: str, allowed: set[str], kept: bool) -> tuple[str, ...]:
+    """The same for the kernels inside fused regions, which belong to no layer that is shown."""
+    kernels = dict(proof.kernels or {})
+    total, wrong = sum(kernels.values()), {p: ms for p, ms in kernels.items() if p not in {*allowed, UNKNOWN}}
+    if not wrong:
+        return ()
+    listed = ", ".join(f"{precision} {_percent(ms, total)}" for precision, ms in _largest_first(wrong))
+    worse = any(_WIDTH[precision] <= _WIDTH[asked] for precision in wrong)
+    if worse or (sum(wrong.values()) > TOLERATED_SHARE * total and not kept):
+        raise LoweringError(
+            f"{asked} was asked for, and matrix-product kernels inside TensorRT's fused regions run in another precision "
+            f"({listed} of {total:.3g} ms): ask for precision={_largest_first(wrong)[0][0]!r} if that will do, or build with "
+            "another optimization_level"
+        )
+    why = "where the graph says so" if kept else "being faster so"
+    return (f"some matrix products inside fused regions run in a wider precision, {why}: {listed} of {total:.3g} ms",)
+
+
+def _share(some: Sequence[Layer], all_layers: Sequence[Layer]) -> float:
+    total = sum(layer.ms or 0.0 for layer in all_layers)
+    if total:
+        return sum(layer.ms or 0.0 for layer in some) / total
+    return len(some) / len(all_layers)
+
+
+# --- reading
+
+
+def layers_of(information: str, arithmetic_32: str = "fp32") -> tuple[tuple[Layer, ...], tuple[str, ...]]:
+    """The layers in the inspector's JSON (`get_engine_information`), and notes on what it does not tell.
+
+    Args:
+        information: the text; of an engine built without detailed verbosity it has names only.
+        arithmetic_32: what a product on float32 tensors is where its kernel has no telling name: `fp32`; "" where the builder
+            was free to use tf32.
+    """
+    try:
+        data = json.loads(information)
+    except ValueError as error:
+        return (), (f"TensorRT's list of layers cannot be read ({error}), so precisions are not told",)
+    found = data.get("Layers", data.get("layers", [])) if isinstance(data, dict) else data
+    if not isinstance(found, list):
+        return (), ("TensorRT's list of layers has a form that is not known, so precisions are not told",)
+    layers = tuple(_layer(entry, arithmetic_32) for entry in found)
+    notes: tuple[str, ...] = ()
+    if found and all(isinstance(entry, str) for entry in found):
+        notes = ("the engine tells the names of its layers only, so precisions are not told",)
+    return layers, notes
+
+
+def _layer(entry: Any, arithmetic_32: str) -> Layer:
+    if not isinstance(entry, dict):
+        return Layer(str(entry), _kind_by_name(str(entry)), None)
+    name = str(entry.get("Name", ""))
+    tactic = str(entry.get("TacticName", ""))
+    borders = [_formats(entry.get(side)) for side in ("Inputs", "Outputs")]
+    floats = set().union(*borders)
+    kind = _kind(entry, name, tactic)
+    if kind != MOVEMENT and not floats and (entry.get("Inputs") or entry.get("Outputs")):
+        kind = MOVEMENT if kind == OTHER and _typed(entry) else kind  # on integers and booleans alone
+    if kind in (MOVEMENT, REGION):
+        return Layer(name, kind, None)
+    by_name = arithmetic(tactic)
+    if by_name.precision is not None:
+        return Layer(name, PRODUCT, by_name.precision)
+    if kind == PRODUCT:
+        weights = entry.get("Weights")
+        stored = _formats([{"Format/Datatype": weights.get("Type", "")}]) if isinstance(weights, dict) else set()
+        evidence = borders[0] | stored
+        return Layer(name, kind, _only(evidence, arithmetic_32))
+    return Layer(name, kind, _only(floats, "fp32"))
+
+
+def _only(evidence: set[str], arithmetic_32: str) -> str | None:
+    if len(evidence) != 1:
+        return None
+    (one,) = evidence
+    return (arithmetic_32 or None) if one == "fp32" else one
+
+
+def _kind(entry: Mapping[str, Any], name: str, tactic: str) -> str:
+    types = [str(entry.get(key, "")).lower().replace(" ", "") for key in ("LayerType", "ParameterType")]
+    if "myelin" in types[0] or name.startswith("{ForeignNode["):
+        return REGION
+    if any(word in one for one in types for word in _PRODUCTS) or arithmetic(tactic).product:
+        return PRODUCT
+    if any(one.startswith(word) or one.endswith(word) for one in types if one for word in _MOVES):
+        return MOVEMENT
+    return _kind_by_name(name)
+
+
+def _kind_by_name(name: str) -> str:
+    if name.startswith("{ForeignNode["):
+        return REGION
+    if name.startswith(("Reformatting CopyNode", "[trainStation", "__mye")) or name.endswith("[DevicetoShapeHostCopy]"):
+        return MOVEMENT
+    return PRODUCT if "mha" in name.lower() else OTHER
+
+
+def _formats(tensors: Any) -> set[str]:
+    """Floating-point precisions of tensors, by the words `Row major linear FP16 format` (8.x) or `Half` (10 and later)."""
+    found = set()
+    for tensor in tensors if isinstance(tensors, list) else ():
+        text = _format(tensor)
+        found |= {precision for precision, pattern in _FORMATS if pattern.search(text)}
+    return found
+
+
+def _format(tensor: Any) -> str:
+    return str(tensor.get("Format/Datatype", tensor.get("Datatype", ""))) if isinstance(tensor, dict) else ""
+
+
+def _typed(entry: Mapping[str, Any]) -> bool:
+    sides = [t for side in ("Inputs", "Outputs") for t in entry.get(side) or ()]
+    return bool(sides) and all(_format(tensor) not in ("", "N/A") for tensor in sides)
+
+
+def onnx_nodes(name: str) -> list[str]:
+    """The ONNX nodes that a layer's name lists: `a + PWN(b, c)` has a, b and c."""
+    return [
+        part
+        for part in re.split(r"\s*\+\s*|PWN\(|\s*,\s*|\)+|\(+|\[ONNX Layer: |\]|\{ForeignNode\[|\.\.\.|\}", name)
+        if part
+    ]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 80 else f"{name[:60]}...{name[-17:]}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %"
+
+
+def _largest_first(amounts: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(amounts.items(), key=lambda item: -item[1])
+
+
+# --- combining
+
+
+def with_times(layers: Sequence[Layer], times: Mapping[str, Sequence[float]]) -> tuple[Layer, ...]:
+    """The layers with the shortest time that the profiler reported for each name, in ms."""
+    return tuple(replace(layer, ms=min(times[layer.name])) if times.get(layer.name) else layer for layer in layers)
+
+
+def with_kernels(layers: Sequence[Layer], kernels: Mapping[str, float]) -> tuple[tuple[Layer, ...], dict[str, float]]:
+    """The layers, their regions told where all product kernels are of one precision; and the products' ms by precision.
+
+    Args:
+        kernels: name -> ms of every kernel that one run launched.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for name, ms in kernels.items():
+        product, precision = arithmetic(name)
+        if product:
+            found[precision or UNKNOWN] += ms
+    if len(found) != 1 or UNKNOWN in found:
+        return tuple(layers), dict(found)
+    (one,) = found
+    return tuple(replace(layer, precision=one) if layer.kind == REGION else layer for layer in layers), dict(found)
+
+
+def prove(
+    information: str,
+    kernels: Callable[[], Mapping[str, float]],
+    times: Callable[[], Mapping[str, Sequence[float]]],
+    precision: str,
+) -> Proof:
+    """Everything together.
+
+    Args:
+        information: the inspector's JSON.
+        kernels: gives kernel's name -> ms for one run; called only where fused regions leave something open, and first: the
+            profiler's own work would be among them. May raise RuntimeError: then that is noted.
+        times: gives layer's name -> ms of each profiled run.
+        precision: what the builder was asked for.
+    """
+    layers, notes = layers_of(information, "" if precision == "tf32" else "fp32")
+    products: dict[str, float] | None = None
+    if any(layer.kind == REGION for layer in layers):
+        try:
+            layers, products = with_kernels(layers, kernels())
+        except RuntimeError as error:
+            notes = (*notes, f"the kernels inside fused regions could not be listed: {error}")
+    if measured := times():
+        layers = with_times(layers, measured)
+    else:
+        notes = (*notes, "TensorRT's profiler reported no times")
+    return Proof(layers, products, notes)
