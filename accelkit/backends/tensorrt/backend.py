@@ -5,21 +5,27 @@ fx graph --network.py--> ONNX file + weights --building.py, a process of its own
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from accelkit.backend_api import Backend, CompileContext, Engine
-from accelkit.backends.tensorrt import library
-from accelkit.backends.tensorrt.job import HARDWARE
-from accelkit.backends.tensorrt.obstacles import obstacle
-from accelkit.errors import InputError, LoweringError
+from accelkit.backend_api import EMBEDS_BELOW_BYTES, Backend, CompileContext, Engine
+from accelkit.backends.tensorrt import library, refitting, versions
+from accelkit.backends.tensorrt.building import build_plan, timing_cache_path
+from accelkit.backends.tensorrt.engine import TensorRTEngine
+from accelkit.backends.tensorrt.job import HARDWARE, BuildJob, BuildResult
+from accelkit.backends.tensorrt.manifest import Manifest, sha256
+from accelkit.backends.tensorrt.network import Network, network_of
+from accelkit.backends.tensorrt.obstacles import beyond_int32, obstacle
+from accelkit.backends.tensorrt.plugin_libraries import load_plugins
+from accelkit.backends.tensorrt.runtime import log_of
+from accelkit.backends.tensorrt.versions import TACTIC_SOURCES
+from accelkit.errors import BackendUnavailableError, InputError, LoweringError
 from accelkit.onnx_fused import STANDARD
-
-TACTIC_SOURCES = ("cublas", "cublas_lt", "cudnn", "edge_mask_convolutions", "jit_convolutions")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class TensorRT(Backend):
     name: ClassVar[str] = "tensorrt"
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
-    embeds_weights: ClassVar[bool] = True
+    measures_pieces: ClassVar[bool] = True
     fused_operators: ClassVar[frozenset[str]] = frozenset(STANDARD)
     description: ClassVar[str] = "NVIDIA TensorRT engines, 8.6 and later, by way of ONNX"
 
@@ -98,6 +104,15 @@ class TensorRT(Backend):
                 "TensorRT(refittable=True, sparse_weights=True): new weights need not be sparse; choose one"
             )
 
+    @property
+    def embeds_weights(self) -> bool:
+        return not self.refittable
+
+    @property
+    def embeds_below_bytes(self) -> int:
+        """A refit replaces all floating-point tensors, small ones too."""
+        return 0 if self.refittable else EMBEDS_BELOW_BYTES
+
     @classmethod
     def precisions_on(cls, device: str) -> tuple[str, ...]:
         """Without bf16 where the installed TensorRT has none."""
@@ -120,12 +135,106 @@ class TensorRT(Backend):
         return obstacle(node, library.numbers(found) if found is not None else None)
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
-        raise LoweringError("not yet")
+        tensorrt = self._require()
+        typed = versions.strongly_typed(tensorrt)
+        if not versions.has_dtype(tensorrt, "int64") and (beyond := beyond_int32(graph, inputs)):
+            raise LoweringError(
+                f"TensorRT {tensorrt.__version__} has int32 only, and {'; '.join(beyond.values())}", beyond
+            )
+        context.progress("exporting to ONNX")
+        network = network_of(
+            graph, inputs, context, weakly_typed=not typed, external_bytes=self.embeds_below_bytes
+        )  # fmt: skip
+        device = _device(inputs)
+        plan, result = self._built(network, device, str(tensorrt.__version__), context)
+        weights = network.weights if self.refittable else {}
+        manifest = Manifest(
+            sha256=sha256(plan),
+            tensorrt=str(tensorrt.__version__),
+            device=library.device_facts(device),
+            precision=network.precision,
+            inputs=tuple(network.profile),
+            outputs=tuple(o.name for o in network.model.graph.output),
+            keep_fp32=network.keep_fp32,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            weights=refitting.dtypes_of(weights),
+            weights_sha256=refitting.fingerprint(weights) if weights else "",
+            seconds=result.seconds,
+            notes=(*_sentences(result), *result.notes),
+        )
+        return self._engine(plan, manifest, graph, inputs)
 
     def load(
         self, blobs: Mapping[str, bytes], graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
     ) -> Engine:
-        raise LoweringError("not yet")
+        self._require()
+        plan, manifest = Manifest.from_blobs(blobs)
+        return self._engine(plan, manifest, graph, inputs)
+
+    def _engine(
+        self, plan: bytes, manifest: Manifest, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]
+    ) -> TensorRTEngine:
+        return TensorRTEngine(plan, manifest, graph, inputs, contexts=self.contexts, cuda_graph=self.cuda_graph)
+
+    def _require(self) -> Any:
+        """The module `tensorrt`, with its plugins and the user's."""
+        if (why := self.unavailable()) is not None:
+            raise BackendUnavailableError(f"target {self.name}: {why}")
+        tensorrt = library.loaded()
+        if (why := load_plugins(tensorrt, log_of(tensorrt), self.plugin_libraries)) is not None:
+            raise LoweringError(f"TensorRT(plugin_libraries={self.plugin_libraries}): {why}")
+        return tensorrt
+
+    def _built(self, network: Network, device: int, version: str, context: CompileContext) -> tuple[bytes, BuildResult]:
+        try:
+            with tempfile.TemporaryDirectory(prefix="accelkit-tensorrt-") as folder:
+                job = self._job(str(network.write(folder)), network, device, version)
+                return build_plan(job, say=context.progress, time_limit_s=self.time_limit_s)
+        except LoweringError as error:
+            raise LoweringError(str(error), network.in_graph(error.nodes)) from error
+        except OSError as error:
+            raise LoweringError(
+                f"the ONNX model and its weights ({network.weight_bytes / 2**20:.0f} MiB) cannot be written to "
+                f"{tempfile.gettempdir()}: {error}; set TMPDIR to a folder with room"
+            ) from error
+
+    def _job(self, onnx: str, network: Network, device: int, version: str) -> BuildJob:
+        timing: str | None = self.timing_cache if isinstance(self.timing_cache, str) else None
+        if self.timing_cache is True and (path := timing_cache_path(version, device)) is not None:
+            timing = str(path)
+        return BuildJob(
+            onnx=onnx,
+            timing_cache=timing,
+            precision=network.precision,
+            keep_fp32=network.keep_fp32,
+            profile=network.profile,
+            workspace_bytes=None if self.workspace_gib is None else round(self.workspace_gib * 2**30),
+            optimization_level=self.optimization_level,
+            tactic_sources=self.tactic_sources,
+            version_compatible=self.version_compatible,
+            hardware_compatible=self.hardware_compatible,
+            refittable=self.refittable,
+            sparse_weights=self.sparse_weights,
+            max_aux_streams=self.max_aux_streams,
+            plugin_library=self.plugin_libraries,
+            device=device,
+        )
+
+
+def _device(inputs: Sequence[torch.Tensor]) -> int:
+    found = next((t.device.index for t in inputs if t.is_cuda), None)
+    return torch.cuda.current_device() if found is None else found
+
+
+def _sentences(result: BuildResult) -> list[str]:
+    """The build in words: how long its stages took, and what the timing cache grew by."""
+    stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items() if name != "total")
+    said = [f"built in {result.seconds.get('total', 0.0):.1f} s ({stages})"]
+    if result.timing_cache_bytes is not None:
+        before, after = result.timing_cache_bytes
+        said.append(f"timing cache: {before / 1024:.0f} KiB before the build, {after / 1024:.0f} KiB after it")
+    return said
 
 
 def _whole(value: object) -> bool:

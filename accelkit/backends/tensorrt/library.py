@@ -84,19 +84,10 @@ def device_facts(index: int = 0) -> dict[str, str]:
     """GPU, compute capability and driver: what an engine is bound to beside TensorRT's version; empty without a GPU."""
     if not torch.cuda.is_available():
         return {}
-    major, minor = torch.cuda.get_device_capability(index)
-    facts = {"gpu": torch.cuda.get_device_name(index), "compute_capability": f"{major}.{minor}"}
-    return facts | ({"driver": found} if (found := driver_version()) else {})
+    from accelkit.tuning.files import environment_of
 
-
-@functools.cache
-def driver_version() -> str:
-    """The NVIDIA driver's version, as the kernel module tells it; empty where it does not."""
-    try:
-        words = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").split("\n")[0].split()
-    except OSError:
-        return ""
-    return next((word for word in words if word[0].isdigit() and "." in word), "")
+    found = environment_of(torch.device("cuda", index))
+    return {"gpu": found.gpu, "compute_capability": found.capability, "driver": found.driver}
 
 
 def _load_failure() -> str | None:
@@ -170,7 +161,7 @@ def _start_failure(tensorrt: Any) -> str | None:
     if started is not None:
         return None
     why = heard[0] if heard else "it gave no reason"
-    driver = driver_version()
+    driver = device_facts().get("driver")
     return (
         f"TensorRT {tensorrt.__version__} does not start on this GPU: {why}; where that is a CUDA initialization error, the "
         f"driver{f' ({driver})' if driver else ''} is too old for the CUDA that this TensorRT was built with: update the driver, "

@@ -6,7 +6,7 @@ What is not listed here and the parser refuses all the same comes back from the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from accelkit import graph as graphs
 from accelkit.backends.tensorrt.library import BFLOAT16_SINCE
 
+DEVICE = "cuda"
 MAX_DIMENSIONS = 8
 """TensorRT's `Dims` holds no more."""
 _NAMESPACES = ("aten", "prims", "quantized_decomposed", "accelkit")
@@ -39,7 +40,9 @@ def obstacle(node: fx.Node, version: tuple[int, int] | None) -> str | None:
     """
     if node.op != "call_function":
         return f"{node.op} nodes are not tensor operators"
-    if node.target is operator.getitem or graphs.is_size(node):
+    if node.target is operator.getitem:
+        return obstacle(node.all_input_nodes[0], version)
+    if graphs.is_size(node):
         return None
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -50,22 +53,40 @@ def obstacle(node: fx.Node, version: tuple[int, int] | None) -> str | None:
         return "writes into its argument; a TensorRT network has values only"
     if graphs.is_random(node):
         return "random: TensorRT would draw other numbers than PyTorch"
-    values = list(_tensors(node))
+    values = [value for value, _ in _tensors(node)]
     if target._schema.name in _PRODUCTS and not any(v.is_floating_point() or v.is_complex() for v in values):
         return "a matrix product of integers; TensorRT multiplies floating-point matrices only"
-    return next((why for value in values if (why := _value_obstacle(value, version)) is not None), None)
+    for value, constant in _tensors(node):
+        # a Python number that became a constant is in the CPU's memory, and in the network like any other
+        if value.device.type != DEVICE and not (constant and value.dim() == 0):
+            return f"computes on {value.device.type}; TensorRT works in a GPU's memory"
+        if (why := _value_obstacle(value, version)) is not None:
+            return why
+    return None
 
 
-def too_large_for_int32(tensor: torch.Tensor) -> bool:
-    """Whether an int64 tensor holds a value that int32 has not: reads it, so that it waits for a GPU."""
+def beyond_int32(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> dict[str, str]:
+    """The operators that read an int64 input or constant with values that int32 does not have, and why that is one too many.
+
+    Of inputs only the example is known: what a later call brings beyond int32 wraps.
+    """
+    given = [*zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True), *graphs.tensor_attributes(graph)]
+    found: dict[str, str] = {}
+    for node, tensor in given:
+        if not _too_large_for_int32(tensor):
+            continue
+        why = f"{node.target} holds integers beyond int32, from {tensor.min().item()} to {tensor.max().item()}"
+        found.update(dict.fromkeys([user.name for user in node.users if user.op != "output"], why))
+    return found
+
+
+def _too_large_for_int32(tensor: torch.Tensor) -> bool:
     if tensor.dtype is not torch.int64 or tensor.numel() == 0:
         return False
     return bool(tensor.max() > _INT32.max) or bool(tensor.min() < _INT32.min)
 
 
 def _value_obstacle(value: torch.Tensor, version: tuple[int, int] | None) -> str | None:
-    if value.device.type != "cuda" and not (value.device.type == "cpu" and value.dim() == 0):
-        return f"computes on {value.device.type}; TensorRT works in a GPU's memory"
     if value.dtype is torch.float64:
         return _NO_FLOAT64
     if value.is_complex():
@@ -85,6 +106,10 @@ def _value_obstacle(value: torch.Tensor, version: tuple[int, int] | None) -> str
     return None
 
 
-def _tensors(node: fx.Node) -> Iterator[torch.Tensor]:
-    for value in [graphs.val(node), *map(graphs.val, node.all_input_nodes)]:
-        yield from (v for v in (value if isinstance(value, (tuple, list)) else (value,)) if isinstance(v, torch.Tensor))
+def _tensors(node: fx.Node) -> Iterator[tuple[torch.Tensor, bool]]:
+    """Results and arguments, each with whether it is a constant."""
+    for one in (node, *node.all_input_nodes):
+        value = graphs.val(one)
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item, one.op == "get_attr"
