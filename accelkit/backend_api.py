@@ -129,6 +129,15 @@ class Backend(_Pass):
         """Why this node must stay in PyTorch, or None. Pure: called many times, in any order."""
         return None
 
+    def pads_batches(self) -> bool:
+        """Whether a call whose batch lies between two buckets may run in the larger one, its last row repeated.
+
+        True says that an engine computes each row from that row alone wherever the graph does: nothing is measured over a whole
+        batch at run time, as dynamic quantisation does. Rows of the graph are proved independent all the same, and the
+        larger bucket has to have measured faster than the original model.
+        """
+        return False
+
     @abstractmethod
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         """Compile `graph`. `inputs` are examples of real values; dynamic dimensions are symbolic in the graph's metadata.

@@ -1,6 +1,7 @@
 """CompiledModel: the callable that `optimize` gives back.
 
     call -> flat tensors -> the variant built for these shapes -> the model's own output type
+                         -> a batch between two buckets: the larger one, where rows are independent (accelkit.padding)
                          -> none covers them: the captured program or the model itself, counted, or an InputError
 
 Calls may come from several threads. Results carry no gradients: a compiled model is for inference.
@@ -27,6 +28,7 @@ from accelkit import graph as graphs
 from accelkit.capture import Program
 from accelkit.errors import AccelkitError, InputError, LoweringError, warn
 from accelkit.lowering import Lowered
+from accelkit.padding import Padded, Padding, padding_of, sentence
 from accelkit.report import Report
 from accelkit.signature import Signature, TensorSpec
 from accelkit.twin import same_buffers, version
@@ -83,7 +85,9 @@ class CompiledModel:
         self._counts: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._built: Built | None = None
-        self._routes: dict[Any, Variant | str] = {}
+        self._routes: dict[Any, Variant | Padded | str] = {}
+        self._padding: Padding | None = None
+        self._padded: Counter[str] = Counter()
         self._binders: dict[Any, Callable[..., list[Any] | None] | None] = {}
         self._watched: tuple[tuple[torch.Tensor, int | None], ...] = ()
         if built is not None:
@@ -93,8 +97,11 @@ class CompiledModel:
         with self._counting:
             self._routes, self._binders = {}, {}
             self._watched = weights_of(built.program)
+        padding = padding_of(self._plan, built)
+        built.report.padding = "" if padding is None else sentence(padding)
             self._built = built
 
+            self._padding = padding if isinstance(padding, Padding) else None
     # --- calling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,12 +127,12 @@ class CompiledModel:
             quick = self._binders[key] = _quick_binder(built.variants[0].signature, len(args), tuple(kwargs))
         if quick is not None and (tensors := quick(args, kwargs)) is not None:
             shapes = tuple([(t.shape, t.dtype, t.device) for t in tensors])
-            variant = self._routes.get(shapes)
-            if variant is None:
-                variant = self._route(built, shapes, tensors)
-            if not isinstance(variant, str):
-                return self._run(built, variant, tensors, args, kwargs)
-            return self._fall_back(built, variant, args, kwargs)
+            route = self._routes.get(shapes)
+            if route is None:
+                route = self._route(built, shapes, tensors)
+            if not isinstance(route, str):
+                return self._run(built, route, tensors, args, kwargs)
+            return self._fall_back(built, route, args, kwargs)
         return self._general_call(built, args, kwargs)
 
     forward = __call__
@@ -139,26 +146,34 @@ class CompiledModel:
             except InputError as error:
                 reason = reason or str(error)
                 continue
-            uncovered = variant.signature.covers(tensors)
-            if uncovered is None:
-                return self._run(built, variant, tensors, args, kwargs)
-            reason = reason or uncovered
+            route = self._route_of(built, tensors)
+            if not isinstance(route, str):
+                return self._run(built, route, tensors, args, kwargs)
+            reason = route
+            break  # the others take the same leaves
         built.variants[0].signature.binder.bind(args, kwargs)  # what forward does not take is an error, fallback or not
         return self._fall_back(built, reason, args, kwargs)
 
     def _run(
-        self, built: Built, variant: Variant, tensors: list[torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        built: Built,
+        route: Variant | Padded,
+        tensors: list[torch.Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         try:
-            results = variant.lowered.call(*tensors)
+            results = route.run(tensors) if isinstance(route, Padded) else variant.lowered.call(*tensors)
         except (LoweringError, InputError) as error:
+        padded = isinstance(route, Padded)
+        variant = route.variant if isinstance(route, Padded) else route
             # an engine that cannot take these very values (a size of 0, an index out of range): the model itself decides
             if not self._plan.fallback or built.fallback is None:
                 raise
             reason = f"{variant.label}: {error}"
             warn(f"an engine failed, so this call runs on the original model: {reason}")
             return self._fall_back(built, reason, args, kwargs)
-        self._count(variant.label)
+        self._count(variant.label, padded)
         return _result(variant, results)
 
     def _tell_changed(self) -> None:
@@ -170,17 +185,8 @@ class CompiledModel:
                 "call refit(model.state_dict())"
             )
 
-    def _route(self, built: Built, shapes: Any, tensors: list[torch.Tensor]) -> Variant | str:
-        reasons = []
-        route: Variant | str | None = None
-        for variant in built.variants:
-            uncovered = variant.signature.covers(tensors)
-            if uncovered is None:
-                route = variant
-                break
-            reasons.append(uncovered)
-        if route is None:
-            route = reasons[-1]
+    def _route(self, built: Built, shapes: Any, tensors: list[torch.Tensor]) -> Variant | Padded | str:
+        route = self._route_of(built, tensors)
         with self._counting:
             if len(self._routes) >= _MAX_ROUTES:
                 self._routes.clear()
@@ -191,8 +197,25 @@ class CompiledModel:
     def _fall_back(self, built: Built, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._plan.fallback or built.fallback is None:
             covered = " | ".join(v.signature.coverage() for v in built.variants)
+    def _route_of(self, built: Built, tensors: list[torch.Tensor]) -> Variant | Padded | str:
+        """The variant for these inputs, the one that they are padded to, or why no variant runs them."""
+        reason = ""
+        for variant in built.variants:
+            uncovered = variant.signature.covers(tensors)
+            if uncovered is None:
+                return variant
+            reason = uncovered
+        padding = self._padding
+        if padding is None or padding.variants is not built.variants:  # none, or a refit's
+            return reason
+        route = padding.route(tensors)
+        return f"{reason}; {route}" if isinstance(route, str) and route else route or reason
+
             without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
-            raise InputError(f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}")
+            padding = f". Padding: {built.report.padding}" if built.report.padding else ""
+            raise InputError(
+                f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}{padding}"
+            )
         with self._counting:
             self._counts["fallback"] += 1
             self._reasons[
@@ -202,12 +225,14 @@ class CompiledModel:
         with torch.no_grad(), same_buffers(built.fallback) if stateful else contextlib.nullcontext():
             return built.fallback(*args, **kwargs)
 
-    def _count(self, label: str) -> None:
+    def _count(self, label: str, padded: bool = False) -> None:
         with self._counting:
             self._counts[label] += 1
 
     # --- building
 
+            if padded:
+                self._padded[label] += 1
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         with self._lock:
             if self._built is None:
@@ -227,9 +252,10 @@ class CompiledModel:
         return self._built.report if self._built is not None else self._plan.empty_report()
 
     def stats(self) -> dict[str, Any]:
-        """Calls so far: in all, by variant, on the fallback, and why calls fell back (reason -> calls)."""
+        """Calls so far: in all, by variant, those of them that were padded to it, on the fallback, and why calls fell back
+        (reason -> calls)."""
         with self._counting:
-            counts, reasons = dict(self._counts), dict(self._reasons)
+            counts, padded, reasons = dict(self._counts), dict(self._padded), dict(self._reasons)
         fallback = counts.pop("fallback", 0)
         return {
             "calls": sum(counts.values()) + fallback,
@@ -237,6 +263,7 @@ class CompiledModel:
             "fallback": fallback,
             "fallback_reasons": reasons,
         }
+            "padded": padded,
 
     @property
     def signature(self) -> Signature:

@@ -101,6 +101,7 @@ class Report:
         precision: what floating-point values have inside.
         variants: one entry a built bucket (or a captured piece, where torch.export refused the model).
         breaks: where torch.export and torch.compile's front end could not follow the model, and why.
+        padding: what happens to a batch between two buckets, and why; empty where there are no buckets of batch sizes.
     """
 
     model: str
@@ -108,6 +109,7 @@ class Report:
     precision: str
     variants: list[VariantReport] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)
+    padding: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -116,6 +118,7 @@ class Report:
             "target": self.target,
             "precision": self.precision,
             "breaks": list(self.breaks),
+            "padding": self.padding,
             "variants": [v.to_json() for v in self.variants],
         }
 
@@ -129,6 +132,8 @@ class Report:
         lines = [f"{self.model} -> {self.target}, {self.precision}"]
         for text in self.breaks:
             lines.append(f"  not captured: {text}")
+        if self.padding:
+            lines.append(f"  padding: {self.padding}")
         if not self.variants:
             lines.append("  not built yet: the first call is the example")
         for variant in self.variants:

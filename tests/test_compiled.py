@@ -44,7 +44,9 @@ def test_every_order_of_arguments_gives_the_same() -> None:
             assert torch.equal(result, expected), (positional, names)
     assert torch.equal(fast(a, b, c, flag=False), expected)  # equal to its default: the same call
     assert torch.equal(fast(nn.Parameter(a), b, c), expected)
-    assert fast.stats() == {"calls": 12, "variants": {"as captured": 12}, "fallback": 0, "fallback_reasons": {}}
+    assert fast.stats() == {
+        "calls": 12, "variants": {"as captured": 12}, "padded": {}, "fallback": 0, "fallback_reasons": {},
+    }  # fmt: skip
 
 
 def test_a_call_of_another_structure_falls_back() -> None:

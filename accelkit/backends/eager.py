@@ -29,6 +29,9 @@ class Eager(Backend):
     fused_operators: ClassVar[frozenset[str]] = frozenset(OPERATORS)
     description: ClassVar[str] = "PyTorch's own operators on the optimised graph"
 
+    def pads_batches(self) -> bool:
+        return True
+
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         return EagerEngine(graph)
 

@@ -82,6 +82,9 @@ class Inductor(Backend):
             return "Inductor generates no code for complex numbers"
         return None
 
+    def pads_batches(self) -> bool:
+        return True
+
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         if (why := self.unavailable()) is not None:
             raise BackendUnavailableError(f"target {self.name}: {why}")

@@ -16,12 +16,13 @@ import accelkit.ops
 from accelkit import Dim, InputError
 from accelkit.backend_api import CompileContext, Engine
 from accelkit.backends.fastertransformer import FasterTransformer
-from accelkit.backends.fastertransformer.batches import Batch, Padding, batch_of, examples_of, shapes_of
+from accelkit.backends.fastertransformer.batches import Padding, examples_of, shapes_of
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, Watch, why_not_recordable
 from accelkit.backends.fastertransformer.prepare import plain_linears, prepare
 from accelkit.backends.fastertransformer.recording import Recording
-from accelkit.backends.fastertransformer.rowwise import why_not_rowwise
+from accelkit.batch import Batch, batch_of
 from accelkit.precision import TF32
+from accelkit.rowwise import why_not_rowwise
 from accelkit.testing import graph_text, relative_error, trace
 
 fused = torch.ops.accelkit
@@ -268,6 +269,7 @@ ROWWISE: list[Any] = [
     lambda self, x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0, 0],
     lambda self, x: (x > 0)[torch.arange(x.shape[0])[:, None], torch.arange(3)[None]],
     lambda self, x: fused.residual_layer_norm(x, x * 2, None, None)[1].chunk(2, -1)[0],
+    lambda self, x: F.normalize(x, dim=1).gather(2, (x > 0).long()).diff(dim=1),
 ]
 
 
@@ -290,6 +292,10 @@ def test_rows_are_independent(function: Any) -> None:
         (lambda self, x: x - x.mean(0), "works across the batch"),
         (lambda self, x: x / x.shape[0], "computes with the batch size"),
         (lambda self, x: x.sum(), "works across the batch"),
+        (lambda self, x: x.gather(0, (x > 0).long()), "picks across the batch"),
+        (lambda self, x: x.gather(1, torch.zeros(1, 3, 4).long()), "picks across the batch"),
+        (lambda self, x: x / x.norm(), "works across the batch"),
+        (lambda self, x: x.diff(dim=0), "works across the batch"),
         (lambda self, x: F.softmax(x, 0), "works across the batch"),
         (lambda self, x: x[:, :1] + x[:, 0], "broadcasts the rows"),
         (lambda self, x: x.transpose(0, 1), "works across the batch"),

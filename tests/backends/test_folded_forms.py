@@ -10,11 +10,11 @@ from fused_graphs import copied, encoder, fused_graph
 from torch import fx
 
 from accelkit import Dim
-from accelkit.backends.fastertransformer.batches import batch_of
 from accelkit.backends.fastertransformer.engine import _own_bytes
 from accelkit.backends.fastertransformer.fold_layer_norm import fold_layer_norms
-from accelkit.backends.fastertransformer.rowwise import why_not_rowwise
 from accelkit.backends.fastertransformer.split_linear import split_linears
+from accelkit.batch import batch_of
+from accelkit.rowwise import why_not_rowwise
 
 
 @pytest.mark.parametrize("rewrite", [fold_layer_norms, split_linears])

@@ -28,8 +28,8 @@ class FasterTransformer(Backend):
         cuda_graph: record the whole forward in a CUDA graph, for the shapes that it is compiled with; other shapes run the
             same graph without.
         capture_sizes: batch sizes to record beside the example's, where the inputs' first dimension is dynamic.
-        pad_batch: run a batch between two recorded sizes in the next larger one where the model provably treats rows
-            independently and that measured faster.
+        pad_batch: run a batch between two recorded sizes, or two buckets, in the next larger one where the model provably
+            treats rows independently and that measured faster.
         fold_layer_norms: measure the form with layer norms folded into linear layers too. It subtracts a row's mean after the
             matrix product, which loses digits where means are large beside the deviations: where that shows on the example
             inputs, the form is passed over and the report says so. False where other inputs may be like that.
@@ -68,6 +68,9 @@ class FasterTransformer(Backend):
         if torch.cuda.is_available():
             found["cuda"] = str(torch.version.cuda)
         return found | _triton_version()
+
+    def pads_batches(self) -> bool:
+        return self.pad_batch
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         from accelkit.backends.fastertransformer.engine import FasterTransformerEngine

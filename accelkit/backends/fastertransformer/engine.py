@@ -1,7 +1,7 @@
 """The engine: recorded shapes are replayed, others run the same graph without a recording.
 
 shapes recorded     copy in, replay, copy out
-batch in between    the next larger recording, where rows are independent (rowwise.py) and it measured faster
+batch in between    the next larger recording, where rows are independent (accelkit.rowwise) and it measured faster
 any other shapes    the graph's operators, one after another
 """
 
@@ -21,11 +21,12 @@ from accelkit import graph as graphs
 from accelkit.backend_api import CompileContext, Engine, EngineFacts
 from accelkit.backends.eager import own_memory, shared_outputs
 from accelkit.backends.fastertransformer import facts
-from accelkit.backends.fastertransformer.batches import Padding, Shapes, batch_of, examples_of, shapes_of
+from accelkit.backends.fastertransformer.batches import Padding, examples_of, shapes_of
 from accelkit.backends.fastertransformer.choice import choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
 from accelkit.backends.fastertransformer.prepare import prepare
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
+from accelkit.batch import Shapes, batch_of
 from accelkit.errors import InputError
 from accelkit.tf32 import tensor_core_products
 
@@ -215,7 +216,7 @@ class FasterTransformerEngine(Engine):
         return False
 
     def _allow_padding(self, batch: Any, recorded: Sequence[Sequence[Tensor]]) -> None:
-        from accelkit.backends.fastertransformer.rowwise import why_not_rowwise
+        from accelkit.rowwise import why_not_rowwise
 
         if (reason := why_not_rowwise(self._graph, batch.symbol)) is not None:
             self._refusals.append(f"batches are not padded to a recorded size: {reason}")

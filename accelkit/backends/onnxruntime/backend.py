@@ -137,6 +137,9 @@ class OnnxRuntime(Backend):
                 return f"{value.layout} tensors are not supported"
         return None
 
+    def pads_batches(self) -> bool:
+        return True
+
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         provider, graph = self._provider(graph), split_linears(graph)
         context.progress("exporting to ONNX")

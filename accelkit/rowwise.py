@@ -262,6 +262,13 @@ def _indexed(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
     return None if first is None or own else "picks across the batch"
 
 
+def _gathered(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
+    """Row i of both: elements of a row picked by its own numbers."""
+    source, index = bound["self"], bound["index"]
+    own = analysis.is_rows(source) and analysis.is_rows(index) and _ndim(source) == _ndim(index)
+    return None if own and bound["dim"] % _ndim(source) else "picks across the batch"
+
+
 def _numbered(analysis: _Analysis, node: fx.Node, bound: Bound) -> str | None:
     # row i holds i, however many there are
     if (
@@ -308,11 +315,12 @@ _RULES: dict[str, Rule] = _table({
     "max_pool2d avg_pool2d adaptive_avg_pool2d": _at_least(4),
     "batch_norm": _batch_norm, "layer_norm rms_norm": _normalised, "group_norm": _at_least(2),
     "softmax log_softmax cumsum amax amin argmax argmin select slice narrow index_select": _along("dim"),
-    "mean sum var std": _along("dim"), "split split_with_sizes chunk unbind": _along("dim"),
+    "mean sum var std linalg_vector_norm diff": _along("dim"), "gather": _gathered,
+    "split split_with_sizes chunk unbind": _along("dim"),
     "flip": _along("dims"), "transpose swapaxes": _along("dim0", "dim1"),
     "view reshape flatten unflatten unsqueeze squeeze _unsafe_view": _reshaped,
     "expand": _expanded, "permute": _permuted, "cat stack": _concatenated, "index": _indexed,
-    "contiguous clone to _to_copy detach alias dropout masked_fill where type_as __and__ __or__ __xor__": _elementwise,
+    "contiguous clone to _to_copy detach alias dropout masked_fill where type_as expand_as __and__ __or__ __xor__": _elementwise,
     "full zeros ones new_zeros new_ones new_full zeros_like ones_like full_like": _filled,
     "arange": _numbered, "embedding": _embedding, "scaled_dot_product_attention": _attention,
     "accelkit::attention": _attention, "accelkit::sparse_attention": _attention,
