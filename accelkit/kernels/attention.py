@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from accelkit.kernels import dense_last, dependent_launch, dependent_launch_on, on_device_of
+from accelkit.kernels import dense_last, dependent, dependent_launch, dependent_launch_on, on_device_of
 from accelkit.kernels.attention_kernels import dense_kernel, variable_length_kernel
 from accelkit.kernels.attention_one_pass import one_pass_kernel
 from accelkit.tuning.choices import Choices
@@ -259,10 +259,8 @@ def _shared_bytes(config: AttentionConfig, block_d: int, dtype: torch.dtype) -> 
 
 
 def _options(config: AttentionConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages, "PDL": config.pdl}
-    if config.pdl:
-        options["launch_pdl"] = True
-    return options
+    pdl = dependent.allowed(config.pdl)
+    return {"num_warps": config.warps, "num_stages": config.stages, "PDL": pdl, **dependent.options(pdl)}
 
 
 def _precision() -> str:

@@ -24,6 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra import cuda
+
+from accelkit.kernels import dependent
 
 BLOCK_K = gl.constexpr(64)  # 128 bytes of fp16, the widest swizzle
 GROUP = gl.constexpr(64)  # columns that share one pair of statistics, and that the epilogue works on at a time
@@ -78,7 +81,7 @@ def _moments(moments_ptr, m, M):
 
 
 @gluon.jit
-def _columns(pointer, column, N, layout: gl.constexpr):
+def columns_of(pointer, column, N, layout: gl.constexpr):
     n = column + gl.arange(0, GROUP, layout=gl.SliceLayout(0, layout))
     return gl.load(pointer + n, mask=n < N, other=0.0).to(gl.float32)[None, :]
 
@@ -86,14 +89,14 @@ def _columns(pointer, column, N, layout: gl.constexpr):
 @gluon.jit
 def _both(pointer, column, N, layout: gl.constexpr, HALVES: gl.constexpr):
     if HALVES == 2:
-        both = (_columns(pointer, column, N, layout), _columns(pointer, column + GROUP, N, layout))
+        both = (columns_of(pointer, column, N, layout), columns_of(pointer, column + GROUP, N, layout))
     else:
-        both = (_columns(pointer, column, N, layout),)  # type: ignore[assignment]
+        both = (columns_of(pointer, column, N, layout),)  # type: ignore[assignment]
     return both
 
 
 @gluon.jit
-def _halves(acc, BLOCK_M: gl.constexpr, HALVES: gl.constexpr):
+def halves_of(acc, BLOCK_M: gl.constexpr, HALVES: gl.constexpr):
     if HALVES == 2:
         halves = acc.reshape((BLOCK_M, 2, GROUP)).permute((0, 2, 1)).split()
     else:
@@ -102,15 +105,27 @@ def _halves(acc, BLOCK_M: gl.constexpr, HALVES: gl.constexpr):
 
 
 @gluon.jit
-def _rows_of(vector, layout: gl.constexpr):
+def rows_of(vector, layout: gl.constexpr):
     return gl.convert_layout(vector, gl.SliceLayout(1, layout))[:, None]
 
 
 @gluon.jit
 def _producer(x_desc, w_desc, rows_ptr, x_ring, w_ring, ready, empty, M, N, K, BLOCK_M: gl.constexpr,
-              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ROWS: gl.constexpr):  # fmt: skip
-    M, tiles = _rows_and_tiles(rows_ptr, M, N, BLOCK_M, BLOCK_N, HAS_ROWS)
+              BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ROWS: gl.constexpr, PDL: gl.constexpr,
+              EARLY: gl.constexpr):  # fmt: skip
     columns = gl.cdiv(N, BLOCK_N)
+    early = 0  # stages whose part of W is on its way already
+    if EARLY:
+        early = gl.minimum(gl.cdiv(K, BLOCK_K), STAGES)
+        for stage in range(early):
+            full = ready.index(stage)
+            mbarrier.expect(full, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            column = gl.program_id(0) % columns * BLOCK_N
+            tma.async_copy_global_to_shared(w_desc, [column, stage * BLOCK_K], full, w_ring.index(stage))
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
+    M, tiles = _rows_and_tiles(rows_ptr, M, N, BLOCK_M, BLOCK_N, HAS_ROWS)
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         row = tile // columns * BLOCK_M
@@ -119,9 +134,9 @@ def _producer(x_desc, w_desc, rows_ptr, x_ring, w_ring, ready, empty, M, N, K, B
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             full = ready.index(stage)
-            mbarrier.expect(full, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            mbarrier.expect(full, x_desc.block_type.nbytes + w_desc.block_type.nbytes, pred=step >= early)
             tma.async_copy_global_to_shared(x_desc, [row, k], full, x_ring.index(stage))
-            tma.async_copy_global_to_shared(w_desc, [column, k], full, w_ring.index(stage))
+            tma.async_copy_global_to_shared(w_desc, [column, k], full, w_ring.index(stage), pred=step >= early)
             step += 1
 
 
@@ -130,7 +145,10 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
               residual_moments_ptr, residual_weight_ptr, residual_bias_ptr, statistics_ptr, x_ring, w_ring, out_buffers, ready,
               empty, turn, residual_ready, M, N, K, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
               HAS_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_MOMENTS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-              HAS_RESIDUAL_MOMENTS: gl.constexpr, STATISTICS: gl.constexpr, ACTIVATION: gl.constexpr):  # fmt: skip
+              HAS_RESIDUAL_MOMENTS: gl.constexpr, STATISTICS: gl.constexpr, ACTIVATION: gl.constexpr,
+              PDL: gl.constexpr):  # fmt: skip
+    if PDL:
+        cuda.gdc_wait()
     ACC: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     HALVES: gl.constexpr = BLOCK_N // GROUP
     M, tiles = _rows_and_tiles(rows_ptr, M, N, BLOCK_M, BLOCK_N, HAS_ROWS)
@@ -140,7 +158,7 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
     step = me * steps  # every second tile of this program is mine, and the ring's steps with it
     mine = 0  # tiles that I have done
     acc = gl.zeros((BLOCK_M, BLOCK_N), dtype=gl.float32, layout=ACC)
-    layout: gl.constexpr = _halves(acc, BLOCK_M, HALVES)[0].type.layout
+    layout: gl.constexpr = halves_of(acc, BLOCK_M, HALVES)[0].type.layout
     for tile in range(gl.program_id(0) + me * gl.num_programs(0), tiles, 2 * gl.num_programs(0)):
         row = tile // columns * BLOCK_M
         column = tile % columns * BLOCK_N
@@ -182,7 +200,7 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
         step += steps
 
         # 64 columns at a time, so that their temporaries fit beside the rest of the accumulator.
-        halves = _halves(acc, BLOCK_M, HALVES)
+        halves = halves_of(acc, BLOCK_M, HALVES)
         if HAS_RESIDUAL:
             mbarrier.wait(residual_ready.index(me), mine & 1)
         for half in gl.static_range(HALVES):
@@ -190,18 +208,18 @@ def _consumer(me: gl.constexpr, x_desc, out_desc, residual_desc, rows_ptr, bias_
             left = column + half * GROUP
             out = out_buffers.index(HALVES * me + half)
             if HAS_MOMENTS:
-                y = (y - _rows_of(mean, layout) * sums[half]) * _rows_of(scale, layout)
+                y = (y - rows_of(mean, layout) * sums[half]) * rows_of(scale, layout)
             if HAS_BIAS and HAS_RESIDUAL:
-                y = y + _columns(bias_ptr, left, N, layout)
+                y = y + columns_of(bias_ptr, left, N, layout)
             if HAS_BIAS and not HAS_RESIDUAL:
                 y = y + biases[half]
             y = activate(y, ACTIVATION)
             if HAS_RESIDUAL:
                 residual = out.load(layout).to(gl.float32)
                 if HAS_RESIDUAL_MOMENTS:
-                    residual = (residual - _rows_of(r_mean, layout)) * _rows_of(r_scale, layout)
-                    residual = residual * _columns(residual_weight_ptr, left, N, layout)
-                    residual = residual + _columns(residual_bias_ptr, left, N, layout)
+                    residual = (residual - rows_of(r_mean, layout)) * rows_of(r_scale, layout)
+                    residual = residual * columns_of(residual_weight_ptr, left, N, layout)
+                    residual = residual + columns_of(residual_bias_ptr, left, N, layout)
                 y = y + residual
             if STATISTICS:
                 # One pass: 16-bit values cannot lie so close together, for their size, that fp32 sums would lose the difference.
@@ -226,7 +244,8 @@ def linear_kernel(x_desc, w_desc, out_desc, residual_desc, rows_ptr, bias_ptr, m
                   residual_moments_ptr, residual_weight_ptr, residual_bias_ptr, statistics_ptr, M, N, K,
                   BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, HAS_ROWS: gl.constexpr,
                   HAS_BIAS: gl.constexpr, HAS_MOMENTS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
-                  HAS_RESIDUAL_MOMENTS: gl.constexpr, STATISTICS: gl.constexpr, ACTIVATION: gl.constexpr):  # fmt: skip
+                  HAS_RESIDUAL_MOMENTS: gl.constexpr, STATISTICS: gl.constexpr, ACTIVATION: gl.constexpr,
+                  PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = x_desc.dtype
     x_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
@@ -246,13 +265,13 @@ def linear_kernel(x_desc, w_desc, out_desc, residual_desc, rows_ptr, bias_ptr, m
             (_consumer, (0, x_desc, out_desc, residual_desc, rows_ptr, bias_ptr, moments_ptr, column_sums_ptr,
                          residual_moments_ptr, residual_weight_ptr, residual_bias_ptr, statistics_ptr, x_ring, w_ring,
                          out_buffers, ready, empty, turn, residual_ready, M, N, K, BLOCK_M, BLOCK_N, STAGES, HAS_ROWS,
-                         HAS_BIAS, HAS_MOMENTS, HAS_RESIDUAL, HAS_RESIDUAL_MOMENTS, STATISTICS, ACTIVATION)),
+                         HAS_BIAS, HAS_MOMENTS, HAS_RESIDUAL, HAS_RESIDUAL_MOMENTS, STATISTICS, ACTIVATION, PDL)),
             (_consumer, (1, x_desc, out_desc, residual_desc, rows_ptr, bias_ptr, moments_ptr, column_sums_ptr,
                          residual_moments_ptr, residual_weight_ptr, residual_bias_ptr, statistics_ptr, x_ring, w_ring,
                          out_buffers, ready, empty, turn, residual_ready, M, N, K, BLOCK_M, BLOCK_N, STAGES, HAS_ROWS,
-                         HAS_BIAS, HAS_MOMENTS, HAS_RESIDUAL, HAS_RESIDUAL_MOMENTS, STATISTICS, ACTIVATION)),
+                         HAS_BIAS, HAS_MOMENTS, HAS_RESIDUAL, HAS_RESIDUAL_MOMENTS, STATISTICS, ACTIVATION, PDL)),
             (_producer, (x_desc, w_desc, rows_ptr, x_ring, w_ring, ready, empty, M, N, K, BLOCK_M, BLOCK_N, STAGES,
-                         HAS_ROWS)),
+                         HAS_ROWS, PDL, EARLY)),
         ],
         [4, 1],
         [232, 40],
@@ -260,12 +279,12 @@ def linear_kernel(x_desc, w_desc, out_desc, residual_desc, rows_ptr, bias_ptr, m
 
 
 @functools.cache
-def _layout(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def layout_of(rows: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, 64], gl.float16 if dtype is torch.float16 else gl.bfloat16)
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -300,24 +319,26 @@ def linear(
     n = weight.shape[0]
     block_m, block_n = tile
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    x_desc = TensorDescriptor.from_tensor(x, [block_m, 64], _layout(block_m, x.dtype))
-    w_desc = TensorDescriptor.from_tensor(weight, [block_n, 64], _layout(block_n, x.dtype))
-    out_desc = TensorDescriptor.from_tensor(out, [block_m, 64], _layout(block_m, x.dtype))
+    x_desc = TensorDescriptor.from_tensor(x, [block_m, 64], layout_of(block_m, x.dtype))
+    w_desc = TensorDescriptor.from_tensor(weight, [block_n, 64], layout_of(block_n, x.dtype))
+    out_desc = TensorDescriptor.from_tensor(out, [block_m, 64], layout_of(block_m, x.dtype))
     residual_desc = (
         out_desc
         if residual is None
-        else TensorDescriptor.from_tensor(residual, [block_m, 64], _layout(block_m, x.dtype))
+        else TensorDescriptor.from_tensor(residual, [block_m, 64], layout_of(block_m, x.dtype))
     )
     groups = x.new_empty((m, n // 64, 2), dtype=torch.float32) if statistics else None
-    grid = (min(_processors(x.device), -(-m // block_m) * -(-n // block_n)),)
+    pdl = dependent.dependent("hopper", x)
+    early = pdl and rows is None and dependent.is_constant(weight)  # counted rows may leave a program without a tile
+    grid = (min(processors_of(x.device), -(-m // block_m) * -(-n // block_n)),)
+    optional = (rows, bias, moments, column_sums, residual_moments, residual_weight, residual_bias, groups)
     linear_kernel[grid](
-        x_desc, w_desc, out_desc, residual_desc, _or(rows, x), _or(bias, x), _or(moments, x), _or(column_sums, x),
-        _or(residual_moments, x), _or(residual_weight, x), _or(residual_bias, x), _or(groups, x), m, n, k, block_m, block_n,
-        stages, rows is not None, bias is not None, moments is not None, residual is not None, residual_moments is not None,
-        statistics, activation, num_warps=4, maxnreg=168,
+        x_desc, w_desc, out_desc, residual_desc, *(or_unused(t, x) for t in optional), m, n, k, block_m, block_n, stages,
+        rows is not None, bias is not None, moments is not None, residual is not None, residual_moments is not None,
+        statistics, activation, pdl, early, num_warps=4, maxnreg=168, **dependent.options(pdl),
     )  # fmt: skip
     return out, groups
 
 
-def _or(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+def or_unused(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
     return unused if tensor is None else tensor

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-from accelkit.kernels import dependent_launch
+from accelkit.kernels import dependent
 
 
 @triton.jit
@@ -99,13 +99,13 @@ def linear(
     n = weight.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     block_m, block_n, block_k = tile
-    pdl = dependent_launch(x)
+    pdl = dependent.dependent("tiles", x)
     grid = (triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)
     linear_tiles_kernel[grid](
         x, weight, out, bias if bias is not None else x, residual if residual is not None else x,
         rows if rows is not None else x, m, n, k, x.stride(0), weight.stride(0), out.stride(0),
         residual.stride(0) if residual is not None else 0, block_m, block_n, block_k, 8, k % block_k == 0,
         rows is not None, bias is not None, residual is not None, activation,
-        pdl, num_warps=warps, num_stages=stages, **({"launch_pdl": True} if pdl else {}),
+        pdl, num_warps=warps, num_stages=stages, **dependent.options(pdl),
     )  # fmt: skip
     return out

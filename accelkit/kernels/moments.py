@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from accelkit.kernels import dependent
 
 GROUP = 64
 """Columns of a group."""
@@ -16,8 +19,12 @@ GROUP = 64
 
 @triton.jit
 def row_moments_kernel(
-    statistics_ptr, moments_ptr, M, groups, eps, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr
-):
+    statistics_ptr, moments_ptr, M, groups, eps, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     g = tl.arange(0, GROUPS)
     inside = (m < M)[:, None] & (g < groups)[None, :]
@@ -36,7 +43,9 @@ def row_moments(statistics: torch.Tensor, eps: float) -> torch.Tensor:
     m, groups, _ = statistics.shape
     moments = statistics.new_empty((m, 2))
     block = 32
+    pdl = dependent.dependent("moments", statistics)
     row_moments_kernel[(triton.cdiv(m, block),)](
-        statistics, moments, m, groups, eps, GROUP, triton.next_power_of_2(groups), block, num_warps=4
-    )
+        statistics, moments, m, groups, eps, GROUP, triton.next_power_of_2(groups), block, pdl, num_warps=4,
+        **dependent.options(pdl),
+    )  # fmt: skip
     return moments

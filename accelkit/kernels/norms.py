@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from accelkit.kernels import dense_last, dependent_launch_on, on_device_of
+from accelkit.kernels import dense_last, dependent, dependent_launch_on, on_device_of
 from accelkit.kernels.norms_kernels import embedding_kernel, norm_kernel, wide_norm_kernel
 from accelkit.tuning.choices import Choices
 
@@ -176,7 +176,6 @@ def embedding_layer_norm(
             eps,
             ROWS=config.rows,
             BLOCK=_block(width),
-            PDL=config.pdl,
             **_options(config),
         )
     return normalised
@@ -187,10 +186,8 @@ def _block(width: int) -> int:
 
 
 def _options(config: NormConfig) -> dict[str, Any]:
-    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": 1}
-    if config.pdl:
-        options["launch_pdl"] = True
-    return options
+    pdl = dependent.allowed(config.pdl)
+    return {"PDL": pdl, "num_warps": config.warps, "num_stages": 1, **dependent.options(pdl)}
 
 
 def _results(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,6 +238,5 @@ def _normalise(
             CENTRE=centre,
             ROWS=1 if wide else config.rows,
             BLOCK=WIDEST_BLOCK // 2 if wide else _block(width),
-            PDL=config.pdl,
             **_options(config),
         )

@@ -8,12 +8,15 @@ No step waits for the mask's values: programs whose rows do not matter return.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import cuda
 
-from accelkit.kernels import on_device_of
+from accelkit.kernels import dependent, on_device_of
 
 _ROWS = 4
 """Rows of a program that copies."""
@@ -22,8 +25,11 @@ _WIDEST_BLOCK = 1024
 
 
 @triton.jit
-def count_kernel(mask_ptr, counts_ptr, length, BLOCK: tl.constexpr):
+def count_kernel(mask_ptr, counts_ptr, length, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """One program a sequence: how many of its tokens are kept."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     sequence = tl.program_id(0).to(tl.int64)
     kept = tl.zeros([BLOCK], tl.int32)
     for start in range(0, length, BLOCK):
@@ -34,9 +40,12 @@ def count_kernel(mask_ptr, counts_ptr, length, BLOCK: tl.constexpr):
 
 @triton.jit
 def place_kernel(
-    mask_ptr, counts_ptr, sources_ptr, positions_ptr, offsets_ptr, rows_ptr, batch, length, BLOCK: tl.constexpr
-):
+    mask_ptr, counts_ptr, sources_ptr, positions_ptr, offsets_ptr, rows_ptr, batch, length, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     """One program a sequence: it sums the others' counts by itself, which spares a kernel between."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     sequence = tl.program_id(0).to(tl.int64)
     before = tl.zeros([BLOCK], tl.int32)
     whole = tl.zeros([BLOCK], tl.int32)
@@ -64,8 +73,12 @@ def place_kernel(
 
 @triton.jit
 def pack_kernel(
-    x_ptr, sources_ptr, rows_ptr, packed_ptr, row_count, width, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, sources_ptr, rows_ptr, packed_ptr, row_count, width, x_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     row_count = tl.minimum(row_count, tl.load(rows_ptr))
     first = tl.program_id(0) * ROWS
     if first >= row_count:
@@ -80,8 +93,12 @@ def pack_kernel(
 
 @triton.jit
 def unpack_kernel(
-    packed_ptr, positions_ptr, x_ptr, row_count, width, packed_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    packed_ptr, positions_ptr, x_ptr, row_count, width, packed_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     positions = tl.load(positions_ptr + rows, mask=rows < row_count, other=-1).to(tl.int64)
@@ -107,8 +124,10 @@ def packed_layout(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mask = mask.contiguous().view(torch.uint8)
     block = max(16, min(int(triton.next_power_of_2(max(length, min(batch, 256)))), _LONGEST_BLOCK))
     with on_device_of(mask):
-        count_kernel[(batch,)](mask, counts, length, BLOCK=block, num_warps=4)
-        place_kernel[(batch,)](mask, counts, sources, positions, offsets, rows, batch, length, BLOCK=block, num_warps=4)
+        count_kernel[(batch,)](mask, counts, length, BLOCK=block, **_options(mask))
+        place_kernel[(batch,)](
+            mask, counts, sources, positions, offsets, rows, batch, length, BLOCK=block, **_options(mask)
+        )
     return sources, positions, offsets, rows
 
 
@@ -124,8 +143,9 @@ def pack_rows(x: Tensor, sources: Tensor, rows: Tensor) -> Tensor:
     block = _block(width)
     with on_device_of(x):
         pack_kernel[(triton.cdiv(row_count, _ROWS), triton.cdiv(width, block))](
-            flat, sources, rows, _plain(packed), row_count, width, flat.stride(0), ROWS=_ROWS, BLOCK=block, num_warps=4
-        )
+            flat, sources, rows, _plain(packed), row_count, width, flat.stride(0),
+            ROWS=_ROWS, BLOCK=block, **_options(x),
+        )  # fmt: skip
     return packed
 
 
@@ -141,9 +161,14 @@ def unpack_rows(packed: Tensor, positions: Tensor) -> Tensor:
     with on_device_of(packed):
         unpack_kernel[(triton.cdiv(row_count, _ROWS), triton.cdiv(width, block))](
             flat, positions.contiguous(), _plain(x), row_count, width, flat.stride(0),
-            ROWS=_ROWS, BLOCK=block, num_warps=4,
+            ROWS=_ROWS, BLOCK=block, **_options(packed),
         )  # fmt: skip
     return x
+
+
+def _options(tensor: Tensor) -> dict[str, Any]:
+    pdl = dependent.dependent("rows", tensor)
+    return {"PDL": pdl, "num_warps": 4, **dependent.options(pdl)}
 
 
 def _plain(tensor: Tensor) -> Tensor:

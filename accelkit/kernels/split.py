@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda
 
-from accelkit.kernels import dense_last, dependent_launch, on_device_of
+from accelkit.kernels import dense_last, dependent, on_device_of
 from accelkit.tuning.choices import Choices
 
 
@@ -160,8 +160,8 @@ def linear_residual_layer_norm(
     step = -(-k // config.splits // config.block_k) * config.block_k
     splits = -(-k // step)
     parts = x.new_empty((splits, m, features), dtype=torch.float32)
-    pdl = dependent_launch(x)
-    launch = {"launch_pdl": True} if pdl else {}
+    pdl = dependent.dependent("split", x)
+    launch = dependent.options(pdl)
     with on_device_of(x):
         product_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(features, config.block_n), splits)](
             flat, weight, parts, m, features, k, flat.stride(0), weight.stride(0), step, config.block_m, config.block_n,

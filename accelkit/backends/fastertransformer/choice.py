@@ -22,7 +22,7 @@ from accelkit import graph as graphs
 from accelkit.backends.fastertransformer.agreement import Agreement
 from accelkit.backends.fastertransformer.fold_layer_norm import fold_layer_norms
 from accelkit.backends.fastertransformer.obstacles import NotRecordable
-from accelkit.backends.fastertransformer.prepare import own_copy, why_no_kernel
+from accelkit.backends.fastertransformer.prepare import constants_of, own_copy, why_no_kernel
 from accelkit.backends.fastertransformer.recording import Recorder, call_ms
 from accelkit.backends.fastertransformer.split_linear import split_linears
 from accelkit.ops import operator_of
@@ -150,7 +150,7 @@ def _measure(
     for name, form in forms.items():
         try:
             with arithmetic():
-                recordings[name] = Recorder(device).record(form.forward, inputs, warmup)
+                recordings[name] = Recorder(device).record(form.forward, inputs, warmup, constants_of(form))
         except (NotRecordable, torch.OutOfMemoryError) as error:
             failures[name] = _why(error)
     times: dict[str, list[float]] = {name: [] for name in recordings}

@@ -38,6 +38,14 @@ def own_copy(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, copy.deepcopy(graph.graph), type(graph).__name__)
 
 
+def constants_of(graph: fx.GraphModule) -> tuple[torch.Tensor, ...]:
+    """The tensors that the graph has and never writes to."""
+    written = {graphs.attribute(graph, str(n.target)) for n in graphs.written_roots(graph.graph) if n.op == "get_attr"}
+    touched = {tensor.untyped_storage()._cdata for tensor in written}
+    found = (tensor for _, tensor in graphs.tensor_attributes(graph))
+    return tuple(tensor for tensor in found if tensor.untyped_storage()._cdata not in touched)
+
+
 def plain_linears(graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> None:
     """A linear layer that no pass has fused with its neighbours takes the same kernels as those that were."""
     operator = OPERATORS["linear_activation"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, Watch
+from accelkit.kernels import dependent
 
 Forward = Callable[..., Sequence[Tensor]]
 
@@ -87,14 +88,26 @@ class Recorder:
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def record(self, forward: Forward, inputs: Sequence[Tensor], warmup: int) -> Recording:
+    def record(
+        self, forward: Forward, inputs: Sequence[Tensor], warmup: int, constants: Iterable[Tensor] = ()
+    ) -> Recording:
         """Run `forward` on the examples `inputs`, then record it.
+
+        Args:
+            constants: what the forward reads and never writes, its weights: kernels may read it before the kernels before
+                them have ended (`accelkit.kernels.dependent`).
 
         Raises:
             NotRecordable: the forward waits for the GPU, or PyTorch refuses to record it.
             torch.OutOfMemoryError: nothing of the attempt stays allocated.
         """
-        with _ONE_AT_A_TIME, torch.cuda.device(self._device), torch.inference_mode(False), torch.no_grad():
+        with (
+            _ONE_AT_A_TIME,
+            torch.cuda.device(self._device),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            dependent.constants(constants),
+        ):
             caller = torch.cuda.current_stream()
             graph = torch.cuda.CUDAGraph()
             static: tuple[Tensor, ...] = ()
