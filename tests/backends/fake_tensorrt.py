@@ -25,7 +25,9 @@ from types import ModuleType
 from typing import Any
 
 from fake_tensorrt_builder import BUILDER, FUNCTIONS
-from fake_tensorrt_engine import RUNTIME
+from fake_tensorrt_engine import RUNTIME, new
+
+__all__ = ["FAULTS", "LISTINGS", "VERSIONS", "install", "load", "new", "populate"]
 
 BEHAVIOURS = {**BUILDER, **RUNTIME}
 LISTINGS = Path(__file__).resolve().parent.parent / "data" / "tensorrt_api"

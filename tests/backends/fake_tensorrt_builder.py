@@ -139,8 +139,9 @@ class _TimingCache:
         return f"{self._version}:{' '.join(sorted(self._entries))}".encode()
 
     def combine(self, input_cache: Any, ignore_mismatch: bool) -> bool:
-        self._entries |= input_cache._entries
-        return True
+        if input_cache._version == self._version:
+            self._entries |= input_cache._entries
+        return input_cache._version == self._version
 
 
 class _Profile:

@@ -131,7 +131,7 @@ class Build:
             config = builder.create_builder_config()
             self._configure(trt, config)
             self._configure_network(trt, builder, config, network)
-            cache, before = self._use_timing_cache(config)
+            cache, found = self._use_timing_cache(config)
             monitor = versions.set_progress_monitor(trt, config, self._progress)
             plan = builder.build_serialized_network(network, config)
             del monitor  # it has to outlive the build
@@ -141,7 +141,7 @@ class Build:
             with open(self.job.plan, "wb") as file:
                 file.write(plan)
             if cache is not None and self.job.timing_cache is not None:
-                self._keep_timing_cache(self.job.timing_cache, config, cache, before)
+                self._keep_timing_cache(self.job.timing_cache, config, cache, found)
 
     # --- start
 
@@ -195,12 +195,11 @@ class Build:
 
     def _configure(self, trt: Any, config: Any) -> None:
         job = self.job
-        flags = trt.BuilderFlag
         versions.set_precision(trt, config, job.precision)
         for wanted, flag in (
-            (job.refittable, flags.REFIT),
-            (job.sparse_weights, flags.SPARSE_WEIGHTS),
-            (job.version_compatible, flags.VERSION_COMPATIBLE),
+            (job.refittable, trt.BuilderFlag.REFIT),
+            (job.sparse_weights, trt.BuilderFlag.SPARSE_WEIGHTS),
+            (job.version_compatible, trt.BuilderFlag.VERSION_COMPATIBLE),
         ):
             if wanted:
                 config.set_flag(flag)
@@ -247,20 +246,21 @@ class Build:
             raise Refused("option", f"it does not take the profile {self.job.profile}: {self._last_words()}")
 
     def _use_timing_cache(self, config: Any) -> tuple[Any, bytes]:
+        """The cache that the build reads and adds to, and what the file held; None without a file."""
         path = self.job.timing_cache
         if path is None:
             return None, b""
-        data, note = timing_cache.read(path)
+        found, note = timing_cache.read(path)
+        cache = config.create_timing_cache(found) if found else None
+        if found and (cache is None or not config.set_timing_cache(cache, False)):
+            note, cache = f"the timing cache {path} is of another TensorRT or GPU, and is replaced", None
         if note:
             self.notes.append(note)
-        cache = config.create_timing_cache(data)
-        if data and (cache is None or not config.set_timing_cache(cache, False)):
-            self.notes.append(f"the timing cache {path} is of another TensorRT or GPU, and is replaced")
-            data, cache = b"", None
-        if not data:
-            cache = config.create_timing_cache(b"") if cache is None else cache
+        self.timing_cache_bytes = (len(found) if cache is not None else 0, 0)
+        if cache is None:
+            cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, False)
-        return cache, data
+        return cache, found
 
     # --- build and write
 
@@ -273,7 +273,7 @@ class Build:
             return Refused("memory", lack)
         return Refused("build", self._last_words() or "it gave no reason")
 
-    def _keep_timing_cache(self, path: str, config: Any, cache: Any, before: bytes) -> None:
+    def _keep_timing_cache(self, path: str, config: Any, cache: Any, found: bytes) -> None:
         """Put what was measured into the file, beside what other processes put there meanwhile."""
         try:
             with timing_cache.locked(path) as mine:
@@ -281,7 +281,7 @@ class Build:
                     self.notes.append(f"the timing cache {path} could not be locked, and keeps nothing of this build")
                     return
                 now, _ = timing_cache.read(path)
-                if now and now != before and (others := config.create_timing_cache(now)) is not None:
+                if now and now != found and (others := config.create_timing_cache(now)) is not None:
                     cache.combine(others, False)
                 data = bytes(cache.serialize())
                 if data != now:
@@ -289,7 +289,7 @@ class Build:
         except OSError as error:
             self.notes.append(f"the timing cache {path} could not be written: {error.strerror or error}")
             return
-        self.timing_cache_bytes = (len(before), len(data))
+        self.timing_cache_bytes = ((self.timing_cache_bytes or (0, 0))[0], len(data))
 
     @contextlib.contextmanager
     def _stage(self, name: str, words: str) -> Iterator[None]:
