@@ -13,12 +13,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import vision_language_vit
 from gpu_run import Experiment, main
 
 EXPERIMENTS = [
     Experiment(
         f"fastertransformer_vit_{letter.lower()}16_{size}", f"FasterTransformer's table: ViT-{letter}/16-{size}",
         f"vit-{letter.lower()}16-{size}", batches=(1, 8, 16, 32), quick=(1, 8, 32),
+        also=tuple(e for e in vision_language_vit.EXPERIMENTS if e.model == f"vit-{letter.lower()}16-{size}"),
     )
     for letter in "BL" for size in (384, 224)
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 import by_hand
 import torch
 from swapped import sparse_attention, xformers_attention
+from tensorrt_by_hand import tensorrt
 from torch import nn
 
 from accelkit.models import Inputs
@@ -37,6 +38,7 @@ class Case:
         target: accelkit's target in this run; "fastertransformer" but for trials.
         cache: whether accelkit may take engines from its cache.
         pattern: boolean [tokens, tokens] of sparse attention, where the experiment has one.
+        wide: the model and the inputs in float32, for exports; None: `model` and `inputs` are.
     """
 
     model: nn.Module
@@ -45,6 +47,15 @@ class Case:
     target: str = "fastertransformer"
     cache: bool = False
     pattern: torch.Tensor | None = None
+    wide: tuple[nn.Module, Inputs] | None = None
+
+    @property
+    def wide_model(self) -> nn.Module:
+        return self.wide[0] if self.wide else self.model
+
+    @property
+    def wide_inputs(self) -> Inputs:
+        return self.wide[1] if self.wide else self.inputs
 
     @property
     def device(self) -> str:
@@ -129,6 +140,27 @@ def _recorded(call: Call, device: str) -> Call:
     return replay
 
 
+def in_cuda_graph(build: Callable[[Case], Call]) -> Callable[[Case], Call]:
+    """Another candidate in a CUDA graph; it keeps its facts."""
+
+    def recorded(case: Case) -> Call:
+        plain = build(case)
+        return WithFacts(_recorded(plain, case.device), getattr(plain, "facts", {}))
+
+    return recorded
+
+
+@dataclass(frozen=True)
+class WithFacts:
+    """A call, and what its build tells for the row."""
+
+    call: Call
+    facts: dict[str, Any]
+
+    def __call__(self) -> Any:
+        return self.call()
+
+
 def compiled(mode: str) -> Callable[[Case], Call]:
     """`torch.compile(model, mode=...)`, at fixed shapes."""
 
@@ -176,6 +208,14 @@ def accelkit_tuned(case: Case) -> Call:
         progress=False,
     )  # fmt: skip
     return run(fast, case.inputs)
+
+
+def accelkit_tensorrt(case: Case) -> Call:
+    """accelkit's TensorRT target; its facts split the build's time into TensorRT's and accelkit's own."""
+    from tensorrt_ours import optimized
+
+    fast, facts = optimized(case.model, case.inputs, case.precision, cache=case.cache)
+    return WithFacts(run(fast, case.inputs), facts)
 
 
 def accelkit_on(target: str | None, passes: Callable[[Case], Sequence[Any]] | None = None) -> Callable[[Case], Call]:
@@ -226,7 +266,27 @@ PEERS: dict[str, Peer] = {
     "xformers": Peer("xFormers by hand", xformers_by_hand),
     "xformers-graph": Peer("xFormers by hand, CUDA graph", xformers_graph),
     "onnxruntime": Peer("ONNX Runtime CUDA, plain export", onnxruntime_plain),
+    "tensorrt-torchscript": Peer(
+        "TensorRT by hand, TorchScript export", tensorrt("torchscript"), default=False, slow=True
+    ),
+    "tensorrt-torchscript-graph": Peer(
+        "TensorRT by hand, TorchScript export, CUDA graph",
+        in_cuda_graph(tensorrt("torchscript")),
+        default=False,
+        slow=True,
+    ),
+    "tensorrt-torchscript-half": Peer(
+        "TensorRT by hand, TorchScript export of the fp16 model",
+        tensorrt("torchscript", half=True),
+        default=False,
+        slow=True,
+    ),
+    "tensorrt-dynamo": Peer("TensorRT by hand, dynamo export", tensorrt("dynamo"), default=False, slow=True),
+    "tensorrt-dynamo-half": Peer(
+        "TensorRT by hand, dynamo export of the fp16 model", tensorrt("dynamo", half=True), default=False, slow=True
+    ),
     ACCELKIT: Peer("accelkit", accelkit_on(None), wide=True),
+    "accelkit-tensorrt": Peer("accelkit, TensorRT", accelkit_tensorrt, default=False, slow=True),
     "accelkit-tuned": Peer("accelkit, tuned", accelkit_tuned, default=False, slow=True),
     "accelkit-onnxruntime": Peer("accelkit onnxruntime", accelkit_on("onnxruntime"), default=False),
 }

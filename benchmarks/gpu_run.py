@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Experiment:
         peers: candidates by key, in the tables' order.
         pattern: images of this many patches a side -> boolean [tokens, tokens], for the sparse candidates.
         clock: calls -> timings.
+        also: other tables of the same model and peers; a part's rows are theirs too, measured once.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Experiment:
     peers: Mapping[str, Peer] = field(default_factory=lambda: PEERS)
     pattern: Callable[[int], torch.Tensor] | None = None
     clock: Clock = events
+    also: tuple[Experiment, ...] = ()
 
 
 def main(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] | None = None) -> int:
@@ -90,6 +93,7 @@ def parse(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] 
     parser.add_argument("--seconds", type=float, help="timed rounds of a batch size (default: 4; 2 with --quick)")
     parser.add_argument("--rounds", type=int, help="exactly this many rounds")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which nothing more is built")
+    parser.add_argument("--own-stream", action="store_true", help="not on CUDA's default stream (TensorRT waits there)")
     parser.add_argument("--cache", action="store_true", help="accelkit may take engines from its cache")
     parts.add_options(parser)
     parser.add_argument("--output", type=Path, help="results folder (default: benchmarks/results; --tiny: temporary)")
@@ -139,11 +143,17 @@ class Run:
         return path
 
     def _write(self) -> Path:
-        e, options = self.experiment, self.options
+        if self.options.part:
+            for other in self.experiment.also:
+                self._write_as(other)
+        return self._write_as(self.experiment)
+
+    def _write_as(self, e: Experiment) -> Path:
+        options = self.options
         facts = {
             "model": e.model, "description": self.spec.description, "device": options.device, "target": options.target,
-            "quick": options.quick, "tiny": options.tiny, "ceilings": self.ceilings.to_json(),
-            "labels": {key: peer.label for key, peer in e.peers.items()},
+            "own_stream": options.own_stream, "quick": options.quick, "tiny": options.tiny,
+            "ceilings": self.ceilings.to_json(), "labels": {key: peer.label for key, peer in e.peers.items()},
             "sparse": [key for key, peer in e.peers.items() if peer.sparse], **parts.facts(options),
         }  # fmt: skip
         gpu_title = {"gpu_title": f"{e.title} (tiny: no measurement)" if options.tiny else e.title}
@@ -162,7 +172,7 @@ class Run:
 
     def measure(self, batch: int) -> list[dict[str, Any]]:
         """All candidates of all precisions at one batch size."""
-        with torch.no_grad(), by_hand.quiet():
+        with torch.no_grad(), by_hand.quiet(), _stream(self.options):
             inputs = _moved(self.spec.make_inputs(batch), self.options.device)
             kept = _kept_tokens(inputs)
             truths = self._truths(inputs)
@@ -192,7 +202,7 @@ class Run:
     def _case(self, inputs: Inputs, precision: str) -> Case:
         _, narrow = by_hand.cast(torch.nn.Identity(), inputs, DTYPES[precision])
         model, options = self.models[DTYPES[precision]], self.options
-        return Case(model, narrow, precision, options.target, options.cache, self.pattern)
+        return Case(model, narrow, precision, options.target, options.cache, self.pattern, (self.model, inputs))
 
     def _floor(self, inputs: Inputs, kept: torch.Tensor | None, precision: str) -> dict[str, Any]:
         lengths = None if kept is None else kept.sum(1).tolist()
@@ -224,7 +234,9 @@ class Run:
         before, started = _bytes_in_use(self.options.device), time.perf_counter()
         try:
             build = with_tf32(case.precision, lambda: peer.build(case))
-            call = with_tf32(case.precision, build())
+            made = build()
+            row |= getattr(made, "facts", {})
+            call = with_tf32(case.precision, made)
             for _ in range(1 if self.options.tiny else SETTLE):
                 call()
             _synchronize(self.options.device)
@@ -313,6 +325,11 @@ def _bytes_in_use(device: str) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info()
     return total - free
+
+
+def _stream(options: argparse.Namespace) -> AbstractContextManager[Any]:
+    """A stream of the run's own where that is asked for: TensorRT waits for the GPU in every call on the default stream."""
+    return torch.cuda.stream(torch.cuda.Stream()) if options.own_stream and options.device == "cuda" else nullcontext()
 
 
 def _synchronize(device: str) -> None:

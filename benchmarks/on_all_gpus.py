@@ -1,7 +1,9 @@
 """Runs a list of benchmark jobs over all visible GPUs at once, one process a GPU, and joins what they measured.
 
-    python benchmarks/on_all_gpus.py fused --output OUT --budget 540       # every table of the fused target: 8 GPUs, ~7 min
+    python benchmarks/on_all_gpus.py fused --output OUT --budget 540       # every table of the fused target: 8 GPUs, ~8 min
     python benchmarks/on_all_gpus.py fused --output OUT --only 'fx2ait*'   # some of its jobs
+    python benchmarks/on_all_gpus.py tensorrt --output OUT --budget 540    # in an environment with TensorRT
+    python benchmarks/on_all_gpus.py tensorrt --output OUT --missing       # what benchmarks/results has no finished job of
     python benchmarks/on_all_gpus.py fused --list                          # what there is, with estimates
 
 then, where the repository is (no GPU needed): `python benchmarks/merge_results.py OUT/parts`, `gpu_plots.py`, `make tables`.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import json
 import os
 import shutil
 import signal
@@ -31,13 +34,15 @@ from pathlib import Path
 from typing import Any
 
 import merge_results
-from gpu_jobs import LISTS, Job
+from gpu_jobs import LISTS, Job, run_of
 
 HERE = Path(__file__).resolve().parent
 CLEAN_UP_S = 15.0
 """Of the budget, kept for ending what still runs and joining the parts."""
 TIMING_S = 40.0
 """Of a job's time, kept for timing what is built when it must stop building."""
+LEAST_SHARE = 0.5
+"""A job with less than this share of its estimate left is not started."""
 POLL_S = 0.2
 
 
@@ -58,11 +63,11 @@ class Launcher:
     """Jobs on slots: a slot is a GPU, or just a process where there is none.
 
     Attributes:
-        run: the list's name. slots: identifiers for CUDA_VISIBLE_DEVICES; empty strings where there is no GPU.
+        name: of the list. slots: identifiers for CUDA_VISIBLE_DEVICES; empty strings where there is no GPU.
         budget_s: for all of it, from now.
     """
 
-    run: str
+    name: str
     jobs: list[Job]
     slots: list[str]
     output: Path
@@ -85,14 +90,21 @@ class Launcher:
                 if time.perf_counter() > self.ends:
                     break
                 for slot in range(len(self.slots)):
-                    if slot not in self.running and waiting:
-                        self._start(waiting.pop(0), slot)
+                    job = next((job for job in waiting if self._fits(job)), None)
+                    if slot not in self.running and job is not None:
+                        waiting.remove(job)
+                        self._start(job, slot)
+                if not self.running and not any(map(self._fits, waiting)):
+                    break
                 time.sleep(POLL_S)
         finally:
             for running in list(self.running.values()):
                 self._end(running, "ended: the budget was used up")
         for job in waiting:
-            self._tell(job, "not started: the budget was used up")
+            self._tell(job, "not started: too little of the budget was left")
+
+    def _fits(self, job: Job) -> bool:
+        return time.perf_counter() + job.seconds * LEAST_SHARE < self.ends
 
     def _start(self, job: Job, slot: int) -> None:
         now = time.perf_counter()
@@ -102,7 +114,7 @@ class Launcher:
         budget = ("--budget", f"{max(1.0, ends - now - TIMING_S):.0f}") if "--budget" not in job.arguments else ()
         command = [
             sys.executable, str(HERE / job.script), *job.arguments, *self.more, *budget, "--part", job.name,
-            "--run", self.run, "--at-once", str(len(self.slots)), "--output", str(self.output / "parts"),
+            "--run", run_of(self.name), "--at-once", str(len(self.slots)), "--output", str(self.output / "parts"),
         ]  # fmt: skip
         environment = {
             **os.environ, "ACCELKIT_CACHE_DIR": folder, "OMP_NUM_THREADS": str(len(cores)), "PYTHONUNBUFFERED": "1",
@@ -156,12 +168,14 @@ class Launcher:
         from accelkit.measure import write_results
 
         seconds = round(time.perf_counter() - self.began, 1)
-        return write_results(f"{merge_results.JOBS}{self.run}", self.outcomes, self.output / "parts", seconds=seconds)
+        return write_results(f"{merge_results.JOBS}{self.name}", self.outcomes, self.output / "parts", seconds=seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     jobs = chosen(LISTS[options.list_name], options.only, options.slice)
+    if options.missing:
+        jobs = [job for job in jobs if job.name not in done_before(options.list_name)]
     slots = options.gpus.split(",") if options.gpus else visible_gpus()
     slots = slots or [""] * options.processes
     if options.list:
@@ -188,6 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=540.0, help="seconds for all of it (default: 540)")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="jobs whose names match, such as 'bert*'")
     parser.add_argument("--slice", metavar="I/N", help="every N-th job of the list, from the I-th on")
+    parser.add_argument("--missing", action="store_true", help="jobs that are not recorded as done on this machine")
     parser.add_argument("--gpus", help="such as 0,1 (default: all that are visible)")
     parser.add_argument("--processes", type=int, default=1, help="at once where there is no GPU (default: 1)")
     parser.add_argument("--list", action="store_true", help="show the jobs and run nothing")
@@ -215,6 +230,15 @@ def chosen(jobs: Sequence[Job], only: Sequence[str] | None, part: str | None) ->
     if not (first.isdigit() and count.isdigit() and 1 <= int(first) <= int(count)):
         raise SystemExit(f"--slice {part}: it should be such as 1/4")
     return sorted(kept, key=lambda job: (job.rank, -job.seconds))[int(first) - 1 :: int(count)]
+
+
+def done_before(list_name: str, results: Path = merge_results.RESULTS) -> set[str]:
+    """Names of the list's jobs that this machine's recorded results have as done."""
+    from accelkit.measure import machine_name
+
+    path = results / machine_name() / f"{merge_results.JOBS}{list_name}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return {row["job"] for row in rows if row["status"] == "done"}
 
 
 def visible_gpus() -> list[str]:

@@ -72,7 +72,9 @@ CANDIDATES = {
         "accelkit, swap_attention, sparse",
         accelkit_on(None, with_attention("pattern")), sparse=True,
     ),
+    **{key: peer for key, peer in PEERS.items() if key.startswith("tensorrt")},
     ACCELKIT: PEERS[ACCELKIT],
+    "accelkit-tensorrt": PEERS["accelkit-tensorrt"],
 }  # fmt: skip
 
 EXPERIMENTS = [
