@@ -58,6 +58,10 @@ class Engine(ABC):
         """What `Backend.load` needs to give the engine back without compiling; empty where it must be rebuilt."""
         return {}
 
+    def counters(self) -> dict[str, int]:
+        """How calls ran so far, for `CompiledModel.stats()`: words (`replayed [8, 128]`) -> calls; empty where all are alike."""
+        return {}
+
     @abstractmethod
     def describe(self) -> EngineFacts:
         """What the engine really is."""

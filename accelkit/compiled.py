@@ -86,8 +86,9 @@ class CompiledModel:
         self._reasons: Counter[str] = Counter()
         self._built: Built | None = None
         self._routes: dict[Any, Variant | Padded | str] = {}
-        self._padding: Padding | None = None
         self._padded: Counter[str] = Counter()
+        self._padding: Padding | None = None
+        self._before: dict[str, Counter[str]] = {}  # what engines counted while they were built
         self._binders: dict[Any, Callable[..., list[Any] | None] | None] = {}
         self._watched: tuple[tuple[torch.Tensor, int | None], ...] = ()
         if built is not None:
@@ -99,9 +100,10 @@ class CompiledModel:
             self._watched = weights_of(built.program)
         padding = padding_of(self._plan, built)
         built.report.padding = "" if padding is None else sentence(padding)
+            self._padding = padding if isinstance(padding, Padding) else None
+            self._before = _counters(built)
             self._built = built
 
-            self._padding = padding if isinstance(padding, Padding) else None
     # --- calling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,9 +196,6 @@ class CompiledModel:
                 self._routes[shapes] = route
         return route
 
-    def _fall_back(self, built: Built, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self._plan.fallback or built.fallback is None:
-            covered = " | ".join(v.signature.coverage() for v in built.variants)
     def _route_of(self, built: Built, tensors: list[torch.Tensor]) -> Variant | Padded | str:
         """The variant for these inputs, the one that they are padded to, or why no variant runs them."""
         reason = ""
@@ -214,6 +213,9 @@ class CompiledModel:
             without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
             padding = f". Padding: {built.report.padding}" if built.report.padding else ""
             raise InputError(
+    def _fall_back(self, built: Built, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._plan.fallback or built.fallback is None:
+            covered = " | ".join(v.signature.coverage() for v in built.variants)
                 f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}{padding}"
             )
         with self._counting:
@@ -252,8 +254,8 @@ class CompiledModel:
         return self._built.report if self._built is not None else self._plan.empty_report()
 
     def stats(self) -> dict[str, Any]:
-        """Calls so far: in all, by variant, those of them that were padded to it, on the fallback, and why calls fell back
-        (reason -> calls)."""
+        """Calls so far: in all, by variant, those of them that were padded to it, how each variant's engines ran theirs (where
+        they tell), on the fallback, and why calls fell back (reason -> calls)."""
         with self._counting:
             counts, padded, reasons = dict(self._counts), dict(self._padded), dict(self._reasons)
         fallback = counts.pop("fallback", 0)
@@ -264,6 +266,7 @@ class CompiledModel:
             "fallback_reasons": reasons,
         }
             "padded": padded,
+            "engines": _without(_counters(self._built), self._before),
 
     @property
     def signature(self) -> Signature:
@@ -321,6 +324,18 @@ def weights_of(program: Program | None) -> tuple[tuple[torch.Tensor, int | None]
 def _result(variant: Variant, results: Sequence[Any]) -> Any:
     signature = variant.signature
     if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
+def _counters(built: Built | None) -> dict[str, Counter[str]]:
+    """What the engines of each variant counted, those of its pieces added up."""
+    variants = () if built is None else built.variants
+    return {v.label: sum((Counter(p.engine.counters()) for p in v.lowered.pieces), Counter()) for v in variants}
+
+
+def _without(counted: dict[str, Counter[str]], before: dict[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    """The counts beyond those of the build's own checks; without variants that counted nothing."""
+    found = {label: dict(counts - before.get(label, Counter())) for label, counts in counted.items()}
+    return {label: counts for label, counts in found.items() if counts}
+
+
         return results[0]
     return signature.unflatten(results)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from planted import Planted, in_threads, optimize
+from planted import GraphEngine, Planted, in_threads, optimize
 from torch import fx, nn
 
 import accelkit
@@ -45,8 +45,29 @@ def test_every_order_of_arguments_gives_the_same() -> None:
     assert torch.equal(fast(a, b, c, flag=False), expected)  # equal to its default: the same call
     assert torch.equal(fast(nn.Parameter(a), b, c), expected)
     assert fast.stats() == {
-        "calls": 12, "variants": {"as captured": 12}, "padded": {}, "fallback": 0, "fallback_reasons": {},
+        "calls": 12, "variants": {"as captured": 12}, "padded": {}, "engines": {}, "fallback": 0, "fallback_reasons": {},
     }  # fmt: skip
+
+
+def test_what_engines_count_is_told_by_variant() -> None:
+    class Counting(GraphEngine):
+        def __call__(self, *inputs: torch.Tensor) -> Any:
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().__call__(*inputs)
+
+        def counters(self) -> dict[str, int]:
+            return {f"ran {self.graph.graph.find_nodes(op='placeholder')[0].meta['val'].shape[0]} rows": self.calls}
+
+    class Counts(Planted):
+        def compile(self, graph: fx.GraphModule, inputs: Any, context: Any) -> Any:
+            return Counting(graph)
+
+    fast = optimize(nn.Linear(4, 3), torch.randn(3, 4), target=Counts(), dynamic_shapes={"input": {0: BATCH["x"][0]}},
+        buckets={"batch": (2, 5)})  # fmt: skip
+    assert fast.stats()["engines"] == {}, "the build's own calls count"
+    for rows in (2, 5, 2, 3):
+        fast(torch.randn(rows, 4))
+    assert fast.stats()["engines"] == {"batch=2": {"ran 2 rows": 2}, "batch=5": {"ran 5 rows": 1}}
 
 
 def test_a_call_of_another_structure_falls_back() -> None:

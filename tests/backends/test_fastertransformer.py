@@ -125,6 +125,19 @@ def test_weights_are_shared() -> None:
     assert engine.serialize() == {}
 
 
+def test_calls_are_counted_by_recording() -> None:
+    engine: Any = compiled(Layer(), torch.randn(2, 5, 64))
+    assert engine.counters() == engine.calls() == {}, "nothing is recorded on a CPU"
+    small, large = (((torch.Size((rows, 64)), torch.float32),) for rows in (2, 8))
+    engine._calls.update(
+        {("replayed", small): 3, ("replayed", large): 4, ("padded", large): 2, ("not recorded", None): 1}
+    )
+    assert engine.calls() == {"replayed": 7, "padded": 2, "not recorded": 1}
+    assert engine.counters() == {
+        "replayed [2, 64]": 3, "replayed [8, 64]": 4, "padded to [8, 64]": 2, "not recorded": 1,
+    }  # fmt: skip
+
+
 def test_tf32_is_float32_on_a_cpu() -> None:
     model, x = Layer(), torch.randn(2, 5, 64)
     engine = compiled(model, x, precision=TF32)

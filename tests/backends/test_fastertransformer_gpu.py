@@ -129,6 +129,10 @@ def test_several_sizes_and_padding_between_them(model: nn.Module) -> None:
     assert calls["replayed"] == 4
     assert calls["padded"] == 3, engine.describe().notes  # small batches wait for launches: replays are faster
     assert calls["not recorded"] == 1
+    counters = engine.counters()
+    assert counters["not recorded"] == 1
+    assert counters["padded to [4, 50, 128]"] == counters["padded to [8, 50, 128]"] == 1
+    assert all(counters[f"replayed [{size}, 50, 128]"] == 1 for size in (1, 4, 8, 16))
     held, alone = engine.describe().memory_bytes, one.describe().memory_bytes
     assert held is not None
     assert alone is not None

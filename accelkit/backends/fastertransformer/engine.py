@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from accelkit.backends.fastertransformer import FasterTransformer
 
 
+How = tuple[str, Shapes | None]
+"""How a call ran ("replayed", "padded", "not recorded"), and the shapes of the recording that ran."""
+
 _LAUNCHES_MS = 0.3
 """A replay faster than this cannot lose: launching a layer's kernels one by one takes about as long."""
 
@@ -65,7 +68,7 @@ class FasterTransformerEngine(Engine):
         self._refusals: list[str] = []
         self._memory_bytes = 0
         self._lock = threading.Lock()  # of the static memory, and of the counts
-        self._calls: Counter[str] = Counter()
+        self._calls: Counter[How] = Counter()
         self._stream: Any = None  # the latest replay's, which `_done` follows
         self._done: Any = None
         if backend.cuda_graph and self._device.type == "cuda":
@@ -86,21 +89,35 @@ class FasterTransformerEngine(Engine):
                 )
         if not self._recordings or torch.cuda.is_current_stream_capturing():
             return self._run(inputs)
-        recording = self._recordings.get(shapes_of(inputs))
+        shapes = shapes_of(inputs)
+        recording = self._recordings.get(shapes)
         if recording is not None:
-            return self._replay(recording.run, inputs, "replayed")
+            return self._replay(recording.run, inputs, ("replayed", shapes))
         if self._padding is not None and (recording := self._padding.recording_for(inputs)) is not None:
             batch, rows = self._padding.batch, self._padding.batch.rows(inputs)
             run_padded = recording.run_padded
-            return self._replay(lambda i: run_padded(i, batch.batched, rows), inputs, "padded")
+            how = ("padded", shapes_of(recording.inputs))
+            return self._replay(lambda i: run_padded(i, batch.batched, rows), inputs, how)
         with self._lock:
-            self._calls["not recorded"] += 1
+            self._calls["not recorded", None] += 1
         return self._run(inputs)
 
     def calls(self) -> dict[str, int]:
         """Calls so far where there are recordings: `replayed`, `padded` to a larger recording, `not recorded`."""
         with self._lock:
-            return dict(self._calls)
+            counted: Counter[str] = Counter()
+            for (how, _), count in self._calls.items():
+                counted[how] += count
+            return dict(counted)
+
+    def counters(self) -> dict[str, int]:
+        """The same by the recording that ran: `replayed [8, 128, 768]`, `padded to [8, 128, 768]`, `not recorded`."""
+        with self._lock:
+            words = {"replayed": "replayed ", "padded": "padded to "}
+            return {
+                words[how] + _shown(shapes) if shapes is not None else how: n
+                for (how, shapes), n in self._calls.items()
+            }
 
     def describe(self) -> EngineFacts:
         notes = [*facts.operator_notes(self._graph, self._device)]
@@ -136,7 +153,7 @@ class FasterTransformerEngine(Engine):
             return own_memory(results, self._copied) if self._copied else results
 
     def _replay(
-        self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], inputs: Sequence[Tensor], how: str
+        self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], inputs: Sequence[Tensor], how: How
     ) -> Sequence[Tensor]:
         with self._lock, torch.no_grad():
             stream = torch.cuda.current_stream(self._device)
@@ -198,7 +215,7 @@ class FasterTransformerEngine(Engine):
     def _pays(self, example: Sequence[Tensor]) -> bool:
         """Whether replaying is faster than running without; a large batch copies more than its launches cost."""
         recording = self._recordings[shapes_of(example)]
-        replay = functools.partial(self._replay, recording.run, example, "replayed")
+        replay = functools.partial(self._replay, recording.run, example, ("replayed", None))
         replay_ms = call_ms(replay, self._device)
         self._calls.clear()
         if replay_ms < _LAUNCHES_MS:
@@ -223,7 +240,7 @@ class FasterTransformerEngine(Engine):
             return
         times = {}
         for one in recorded:
-            replay = functools.partial(self._replay, self._recordings[shapes_of(one)].run, one, "replayed")
+            replay = functools.partial(self._replay, self._recordings[shapes_of(one)].run, one, ("replayed", None))
             try:
                 times[batch.rows(one)] = (
                     call_ms(replay, self._device),
