@@ -47,6 +47,8 @@ class _Builder:
         if monitor is not None:
             monitor.phase_start("Building Engine", None, 4)
             monitor.phase_start("Tactics", "Building Engine", 2)
+        self._logger.log(trt.ILogger.Severity.WARNING, "a warning\nof two lines")
+        self._logger.log(trt.ILogger.Severity.WARNING, "a warning of two lines")
         if (name := faults.get("build_exit")) is not None:
             os.kill(os.getpid(), signal.Signals[name])
         for step in range(4):
@@ -58,8 +60,6 @@ class _Builder:
         if (words := faults.get("build_fails")) is not None:
             self._logger.log(trt.ILogger.Severity.ERROR, words)
             return None
-        self._logger.log(trt.ILogger.Severity.WARNING, "a warning\nof two lines")
-        self._logger.log(trt.ILogger.Severity.WARNING, "a warning of two lines")
         if config._cache is not None:
             config._cache._entries |= {node.op_type for node in network._model.graph.node}
         facts = {

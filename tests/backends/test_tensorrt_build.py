@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from accelkit.backends.tensorrt import building, timing_cache, worker
-from accelkit.backends.tensorrt.building import build_plan, timing_cache_path
+from accelkit.backends.tensorrt.building import build_plan, start_failure, timing_cache_path
 from accelkit.backends.tensorrt.job import BuildJob, BuildResult, Failure, NodeFailure
 from accelkit.errors import LoweringError
 
@@ -213,7 +213,7 @@ def test_refused_nodes_are_named(job: BuildJob, install: Install, version: str) 
          r"TensorRT 8\.6\.0 ran out of memory while building .*OutOfMemory.*lower workspace_gib \(now 1\.0 GiB\)"),
         ({"build_fails": "10: Could not find any implementation for node x"}, {},
          "built no engine: 10: Could not find any implementation for node x; .*optimization_level"),
-        ({"no_device": True}, {"device": 0}, "built no engine: CUDA initialization failure with error: 35.*nvidia-smi.*GPU 0"),
+        ({"no_device": True}, {"device": 0}, "does not start on GPU 0: CUDA initialization failure.*update the driver"),
         ({}, {"plugin_library": ("/no/such.so",)}, r"there is no plugin library /no/such\.so; check plugin_libraries"),
         ({}, {"precision": "bf16"}, "it has no bf16, only fp32, tf32, fp16; leave the option out"),
         ({}, {"profile": {"z": ((1,), (1,), (1,))}}, "the profile has shapes for 'z'; the network's inputs are x"),
@@ -245,6 +245,14 @@ def test_a_failure_reaches_the_caller(job: BuildJob, install: Install) -> None:
         build_plan(job)
 
 
+@pytest.mark.parametrize("version", fake_tensorrt.VERSIONS)
+def test_whether_it_starts(install: Install, version: str) -> None:
+    install(version)
+    assert start_failure() is None
+    install(version, no_device=True)
+    assert "does not start on GPU 0: CUDA initialization failure with error: 35" in str(start_failure())
+
+
 def test_a_package_that_does_not_load(job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "tensorrt.py").write_text(
@@ -258,7 +266,7 @@ def test_a_package_that_does_not_load(job: BuildJob, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("SIGSEGV", r"TensorRT crashed while building \(SIGSEGV\); this process is unharmed"),
+        ("SIGSEGV", r"TensorRT crashed while building \(SIGSEGV\); this process is unharmed.*last it said: a warning"),
         ("SIGKILL", "machine running out of memory"),
     ],
 )

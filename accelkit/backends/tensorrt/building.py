@@ -47,7 +47,7 @@ def build_plan(
         time_limit_s: the build is stopped after so many seconds; None for no limit.
 
     Returns:
-        The plan (empty for `parse_only`), and what the worker found.
+        The plan (empty for `start_only` and `parse_only`), and what the worker found.
 
     Raises:
         LoweringError: there is no plan; the message says why. Where the parser refuses nodes, `nodes` maps their ONNX names to
@@ -66,11 +66,24 @@ def build_plan(
             result.seconds["total"] = time.monotonic() - started
             if result.failure is not None:
                 raise _error(job, result, result.failure)
-            return (b"" if job.parse_only else Path(job.plan).read_bytes()), result
+            return (b"" if job.parse_only or job.start_only else Path(job.plan).read_bytes()), result
     except OSError as error:
         raise LoweringError(
             f"TensorRT's build of {job.onnx} failed in its files: {error}; it needs room for the engine beside the ONNX file"
         ) from error
+
+
+def start_failure(device: int = 0) -> str | None:
+    """Why TensorRT does not start on this GPU and what to do about it, or None.
+
+    Asked in a process of its own: 8.6's runtime crashes where the driver is older than the CUDA that it was built for.
+    """
+    with tempfile.TemporaryDirectory(prefix="accelkit-tensorrt-") as folder:
+        try:
+            build_plan(BuildJob(str(Path(folder, "none.onnx")), device=device, start_only=True))
+        except LoweringError as error:
+            return str(error)
+    return None
 
 
 def timing_cache_path(version: str, device: int) -> Path | None:
@@ -237,10 +250,15 @@ def _error(job: BuildJob, result: BuildResult, failure: Failure) -> LoweringErro
             f"{library} ran out of memory while building ({failure.message}): free memory on GPU {job.device}, lower workspace_gib "
             f"(now {workspace}), or build for smaller shapes"
         )
+    if failure.kind == "device":
+        return LoweringError(
+            f"{library} does not start on GPU {job.device}: {failure.message}; where that is a CUDA initialization failure, the "
+            "driver is older than the CUDA that this TensorRT was built for (nvidia-smi shows the newest that it runs): update "
+            "the driver, or install the TensorRT package for its CUDA"
+        )
     remedies = {
         "build": "see the library's own words; a lower optimization_level or other tactic_sources often help",
         "disk": "free room beside the ONNX file, or set TMPDIR to a folder with more",
-        "device": f"check with nvidia-smi that the driver works and GPU {job.device} is there and free",
         "plugin": "check plugin_libraries: the path, and that the library was built for this TensorRT",
         "option": "leave the option out, or install a version that has it",
     }

@@ -40,6 +40,7 @@ class BuildJob:
         sparse_weights: layers may use 2:4 sparse weights.
         max_aux_streams: streams beside the caller's that the engine may use; None for TensorRT's own choice.
         plugin_library: shared libraries with plugins, loaded before the network is parsed.
+        start_only: stop before the ONNX file is looked at: does TensorRT start on this GPU?
         parse_only: stop after parsing; the result tells which nodes are refused, and there is no plan.
         device: number of the GPU, as torch counts; `build_plan` shows the worker no other.
     """
@@ -59,6 +60,7 @@ class BuildJob:
     sparse_weights: bool = False
     max_aux_streams: int | None = None
     plugin_library: tuple[str, ...] = ()
+    start_only: bool = False
     parse_only: bool = False
     device: int = 0
 
@@ -110,7 +112,7 @@ class BuildResult:
         versions: `tensorrt`.
         warnings: the library's warnings and errors, each once, in order.
         failure: None where the plan was written (or parsing alone succeeded).
-        timing_cache_bytes: size of the timing cache before and after the build; None without one.
+        timing_cache_bytes: size of the timing cache before and after the build; None without one, or where it could not be kept.
         notes: sentences for the report (a timing cache that was not usable, tactic sources left out).
     """
 

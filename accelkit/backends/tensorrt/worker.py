@@ -115,11 +115,14 @@ class Build:
         self.heard: list[str] = []  # warnings and errors, each once
         self.errors: list[str] = []
         self.notes: list[str] = []
+        self.usable_bytes = 0  # of the timing cache
         self.timing_cache_bytes: tuple[int, int] | None = None
 
     def run(self) -> None:
         with self._stage("start", "starting"):
             trt, logger, builder = self._start()
+        if self.job.start_only:
+            return
         with self._stage("parse", "parsing"):
             network = builder.create_network(versions.network_flags(trt))
             parser = trt.OnnxParser(network, logger)
@@ -180,6 +183,7 @@ class Build:
             self.errors.append(message)
         if message not in self.heard:
             self.heard.append(message)
+            print(message, file=sys.stderr, flush=True)  # the parent quotes the last of them after a crash
 
     def _last_words(self) -> str:
         return "; ".join(dict.fromkeys(self.errors[-3:] or self.heard[-2:]))
@@ -256,7 +260,7 @@ class Build:
             note, cache = f"the timing cache {path} is of another TensorRT or GPU, and is replaced", None
         if note:
             self.notes.append(note)
-        self.timing_cache_bytes = (len(found) if cache is not None else 0, 0)
+        self.usable_bytes = 0 if cache is None else len(found)
         if cache is None:
             cache = config.create_timing_cache(b"")
             config.set_timing_cache(cache, False)
@@ -289,7 +293,7 @@ class Build:
         except OSError as error:
             self.notes.append(f"the timing cache {path} could not be written: {error.strerror or error}")
             return
-        self.timing_cache_bytes = ((self.timing_cache_bytes or (0, 0))[0], len(data))
+        self.timing_cache_bytes = (self.usable_bytes, len(data))
 
     @contextlib.contextmanager
     def _stage(self, name: str, words: str) -> Iterator[None]:
