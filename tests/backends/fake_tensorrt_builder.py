@@ -184,6 +184,9 @@ class _Network:
     def get_input(self, index: int) -> Any:
         return self._inputs()[index]
 
+    def get_output(self, index: int) -> Any:
+        return _tensor(self._trt, self._model.graph.output[index])
+
     def get_layer(self, index: int) -> Any:
         return self._layers()[index]
 
