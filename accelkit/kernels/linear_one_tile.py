@@ -99,7 +99,7 @@ def _producer(x_desc, w_desc, x_ring, w_ring, ready, empty, row, column, first, 
 def _consumer(out_desc, bias_ptr, x_statistics_ptr, column_sums_ptr, residual_ptr, residual_statistics_ptr,
               residual_weight_ptr, residual_bias_ptr, statistics_ptr, parts_ptr, x_ring, w_ring, ready, empty, row, column,
               steps, M, N, residual_stride, x_eps, residual_eps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              STAGES: gl.constexpr, SPLIT_K: gl.constexpr, HAS_BIAS: gl.constexpr, X_GROUPS: gl.constexpr,
+              STAGES: gl.constexpr, PARTS: gl.constexpr, HAS_BIAS: gl.constexpr, X_GROUPS: gl.constexpr,
               HAS_RESIDUAL: gl.constexpr, RESIDUAL_GROUPS: gl.constexpr, STATISTICS: gl.constexpr,
               ACTIVATION: gl.constexpr, PDL: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = BLOCK_M // 16
@@ -132,7 +132,7 @@ def _consumer(out_desc, bias_ptr, x_statistics_ptr, column_sums_ptr, residual_pt
     acc = warpgroup_mma_wait(0, deps=[acc])
     halves = halves_of(acc, BLOCK_M, HALVES)
     m = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-    if SPLIT_K > 0:
+    if PARTS:
         for half in gl.static_range(HALVES):
             n = column + half * GROUP + gl.arange(0, GROUP, layout=gl.SliceLayout(0, layout))
             where = (gl.program_id(1) * M + m)[:, None] * N + n[None, :]
@@ -171,21 +171,18 @@ def _consumer(out_desc, bias_ptr, x_statistics_ptr, column_sums_ptr, residual_pt
         tma.store_wait(pendings=0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "SPLIT_K"])
 def one_tile_kernel(x_desc, w_desc, out_desc, bias_ptr, x_statistics_ptr, column_sums_ptr, residual_ptr,
                     residual_statistics_ptr, residual_weight_ptr, residual_bias_ptr, statistics_ptr, parts_ptr, M, N, K,
-                    residual_stride, x_eps, residual_eps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                    STAGES: gl.constexpr, SPLIT_K: gl.constexpr, HAS_BIAS: gl.constexpr, X_GROUPS: gl.constexpr,
+                    SPLIT_K, residual_stride, x_eps, residual_eps, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                    STAGES: gl.constexpr, PARTS: gl.constexpr, HAS_BIAS: gl.constexpr, X_GROUPS: gl.constexpr,
                     HAS_RESIDUAL: gl.constexpr, RESIDUAL_GROUPS: gl.constexpr, STATISTICS: gl.constexpr,
                     ACTIVATION: gl.constexpr, PDL: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     height = gl.cdiv(M, BLOCK_M)  # neighbours share W's tile, which comes from memory; x lies in the L2 cache
     row = gl.program_id(0) % height * BLOCK_M
     column = gl.program_id(0) // height * BLOCK_N
     first = gl.program_id(1) * SPLIT_K
-    if SPLIT_K > 0:
-        steps = gl.cdiv(gl.minimum(K - first, SPLIT_K), BLOCK_K)
-    else:
-        steps = gl.cdiv(K, BLOCK_K)
+    steps = gl.cdiv(gl.minimum(K - first, SPLIT_K), BLOCK_K)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], w_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -197,7 +194,7 @@ def one_tile_kernel(x_desc, w_desc, out_desc, bias_ptr, x_statistics_ptr, column
         [
             (_consumer, (out_desc, bias_ptr, x_statistics_ptr, column_sums_ptr, residual_ptr, residual_statistics_ptr,
                          residual_weight_ptr, residual_bias_ptr, statistics_ptr, parts_ptr, x_ring, w_ring, ready, empty,
-                         row, column, steps, M, N, residual_stride, x_eps, residual_eps, BLOCK_M, BLOCK_N, STAGES, SPLIT_K,
+                         row, column, steps, M, N, residual_stride, x_eps, residual_eps, BLOCK_M, BLOCK_N, STAGES, PARTS,
                          HAS_BIAS, X_GROUPS, HAS_RESIDUAL, RESIDUAL_GROUPS, STATISTICS, ACTIVATION, PDL)),
             (_producer, (x_desc, w_desc, x_ring, w_ring, ready, empty, row, column, first, steps, STAGES, PDL, EARLY)),
         ],
@@ -239,7 +236,7 @@ def linear(
     groups = x.new_empty((m, n // 64, 2), dtype=torch.float32) if statistics else None
     _launch(
         x, weight, out, (bias, x_statistics, column_sums, residual, residual_statistics, residual_weight, residual_bias, groups),
-        None, x_eps, residual_eps, 0, 1, activation, tile, stages,
+        None, x_eps, residual_eps, x.shape[1], 1, activation, tile, stages,
     )  # fmt: skip
     return out, groups
 
@@ -269,9 +266,9 @@ def _launch(
     out_desc = x_desc if out is None else TensorDescriptor.from_tensor(out, [block_m, 64], layout_of(block_m, x.dtype))
     pdl = dependent.dependent("one_tile", x)
     one_tile_kernel[(-(-m // block_m) * -(-n // block_n), splits)](
-        x_desc, w_desc, out_desc, *(or_unused(t, x) for t in optional), or_unused(found, x), m, n, k,
+        x_desc, w_desc, out_desc, *(or_unused(t, x) for t in optional), or_unused(found, x), m, n, k, step,
         0 if residual is None else residual.stride(0), x_eps, residual_eps, block_m, block_n,
-        stages or default_stages(tile), step, bias is not None, 0 if x_statistics is None else x_statistics.shape[1],
+        stages or default_stages(tile), found is not None, bias is not None, 0 if x_statistics is None else x_statistics.shape[1],
         residual is not None, 0 if residual_statistics is None else residual_statistics.shape[1], statistics is not None,
         activation, pdl, pdl and dependent.is_constant(weight), num_warps=block_m // 16,
         # the registers of a multiprocessor are for two programs; 128 accumulators a thread need more

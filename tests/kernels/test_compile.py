@@ -105,7 +105,7 @@ for pdl in (False, True):
             HAS_ROWS=False, HAS_BIAS=True, HAS_MOMENTS=True, HAS_RESIDUAL=False, HAS_RESIDUAL_MOMENTS=False, STATISTICS=False,
             ACTIVATION="gelu", PDL=pdl, EARLY=pdl)
 def one_tile(block_m, block_n, **options):
-    constants = dict(SPLIT_K=0, HAS_BIAS=True, X_GROUPS=0, HAS_RESIDUAL=False, RESIDUAL_GROUPS=0, STATISTICS=False,
+    constants = dict(PARTS=False, HAS_BIAS=True, X_GROUPS=0, HAS_RESIDUAL=False, RESIDUAL_GROUPS=0, STATISTICS=False,
                      ACTIVATION="none", PDL=True, EARLY=True, STAGES=default_stages((block_m, block_n)))
     more = {"maxnreg": 80 if block_n == 64 else 96}
     return compile(one_tile_kernel, Config("", 1, 1, block_m // 16, 3), tiles(block_m, block_n), more, BLOCK_M=block_m,
@@ -113,7 +113,7 @@ def one_tile(block_m, block_n, **options):
 whole = one_tile(128, 128, ACTIVATION="gelu", X_GROUPS=12)
 assert whole.metadata.shared <= 113 * 1024, whole.metadata.shared  # for two on a multiprocessor
 one_tile(64, 64, HAS_RESIDUAL=True, RESIDUAL_GROUPS=12, STATISTICS=True)
-one_tile(128, 128, SPLIT_K=768)
+one_tile(128, 128, PARTS=True)
 one_tile(64, 128, PDL=False, EARLY=False)
 print("compiled")
 '''
