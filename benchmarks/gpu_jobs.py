@@ -12,7 +12,7 @@ writes its own part of a results file, so that any of them can be run again alon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,8 @@ BUILDS = "tensorrt_build.py"
 def engines(script: str, model: str, batch: Sequence[int], each_s: float, peers: Sequence[str], rank: int = 0,
             precision: str = "fp16") -> Job:  # fmt: skip
     """A job with TensorRT's candidates: their builds are most of it, so it has few batch sizes."""
-    return table(script, model, batch, precision, each_s, peers, rank=rank, more=STREAM)
+    job = table(script, model, batch, precision, each_s, peers, rank=rank, more=STREAM)
+    return replace(job, name=f"{job.name}-engines")
 
 
 TENSORRT: tuple[Job, ...] = (

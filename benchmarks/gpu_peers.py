@@ -214,8 +214,8 @@ def accelkit_tensorrt(case: Case) -> Call:
     """accelkit's TensorRT target; its facts split the build's time into TensorRT's and accelkit's own."""
     from tensorrt_ours import optimized
 
-    fast, facts = optimized(case.model, case.inputs, case.precision, cache=case.cache)
-    return WithFacts(run(fast, case.inputs), facts)
+    made = optimized(case.model, case.inputs, case.precision, cache=case.cache)
+    return WithFacts(run(made.model, case.inputs), made.facts)
 
 
 def accelkit_on(target: str | None, passes: Callable[[Case], Sequence[Any]] | None = None) -> Callable[[Case], Call]:

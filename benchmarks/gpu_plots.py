@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_tables import OURS, label, measured
+from gpu_tables import OURS, by_run, label, measured
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PRECISION = "fp16"
@@ -30,18 +30,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def lines(result: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
-    """label -> (batch, times as fast as plain PyTorch in fp16); the floor's line last."""
-    rows = measured(result, PRECISION)
-    plain = {r["batch"]: r["median_ms"] for r in rows if r["candidate"] == "eager"}
+    """label -> (batch, times as fast as plain PyTorch in fp16 in the same run); the floor's line last.
+
+    Of a later run only the candidates that the first has not.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     floors = {}
-    for row in rows:
-        if row["batch"] in plain:
-            point = (row["batch"], plain[row["batch"]] / row["median_ms"])
-            found.setdefault(label(result, row), []).append(point)
-            if "floor_ms" in row:
+    for one in by_run(result):
+        rows, known = measured(one, PRECISION), set(found)
+        plain = {r["batch"]: r["median_ms"] for r in rows if r["candidate"] == "eager"}
+        for row in rows:
+            name = label(result, row)
+            if row["batch"] not in plain or name in known:
+                continue
+            found.setdefault(name, []).append((row["batch"], plain[row["batch"]] / row["median_ms"]))
+            if "floor_ms" in row and not known:
                 floors[row["batch"]] = plain[row["batch"]] / row["floor_ms"]
     if found:
+        found = {name: sorted(points) for name, points in found.items()}
         found["the floor"] = sorted(floors.items())
     return found
 

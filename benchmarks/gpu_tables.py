@@ -8,7 +8,7 @@ What was published elsewhere stands in published.json with its source; what was 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 OURS = "accelkit"
@@ -40,13 +40,36 @@ class Table:
 
 def tables(result: Row, published: dict[str, Any]) -> list[Table]:
     """All tables of one results file, in the order in which they are read; empty ones are left out."""
-    name = result["name"]
-    made = [summary(result), goals(result)]
-    made += [times(result, precision) for precision in reversed(_unique(r["precision"] for r in result["rows"]))]
-    if name in published:
-        made.append(then_and_now(result, published[name]))
-    made.append(failures(result))
+    from tensorrt_tables import engines  # which takes this module's parts
+
+    made: list[Table] = []
+    for number, one in enumerate(by_run(result)):
+        first = number == 0
+        own = [summary(one), *([goals(one)] if first else []), engines(one)]
+        own += [times(one, precision) for precision in reversed(_unique(r["precision"] for r in one["rows"]))]
+        if first and result["name"] in published:
+            own.append(then_and_now(one, published[result["name"]]))
+        own.append(failures(one))
+        made += own if first else [replace(t, title=f"{t.title} (run {run_of(one)})") for t in own]
     return [table for table in made if table.rows]
+
+
+def by_run(result: Row) -> list[Row]:
+    """The file's rows, run by run: rows are compared inside one. A file without sets is one run."""
+    sets = result.get("sets")
+    if not sets:
+        return [result]
+    runs = _unique(sets[row["set"]]["run"] for row in result["rows"])
+    return [
+        {**result, "rows": [row for row in result["rows"] if sets[row["set"]]["run"] == run],
+         "sets": {name: one for name, one in sets.items() if one["run"] == run}}
+        for run in runs
+    ]  # fmt: skip
+
+
+def run_of(result: Row) -> str | None:
+    """The run of a file that `by_run` gave."""
+    return next((str(one["run"]) for one in result.get("sets", {}).values()), None)
 
 
 def measured(result: Row, precision: str | None = None) -> list[Row]:
@@ -178,11 +201,18 @@ def failures(result: Row) -> Table:
 
 
 def ceilings(result: Row) -> str:
-    """The run's ceilings in a sentence."""
-    found = result["ceilings"]
-    rates = ", ".join(f"{p} {rate:.0f}" for p, rate in found["tflops"].items())
-    size = " x ".join([str(found["size"])] * 3)
-    return f"Ceilings of this run: {rates} TFLOP/s (products of {size}), copy {found['copy_tb_s']:.2f} TB/s."
+    """The ceilings in a sentence; of several processes, the least and the most."""
+    found = [one["ceilings"] for one in result.get("sets", {}).values() if "ceilings" in one] or [result["ceilings"]]
+    precisions = _unique(p for one in found for p in one["tflops"])
+    rates = [f"{p} {_range([one['tflops'][p] for one in found if p in one['tflops']], '.0f')}" for p in precisions]
+    size = " x ".join([str(found[0]["size"])] * 3)
+    copies = _range([one["copy_tb_s"] for one in found], ".2f")
+    return f"Ceilings of this run: {', '.join(rates)} TFLOP/s (products of {size}), copy {copies} TB/s."
+
+
+def _range(values: Sequence[float], style: str) -> str:
+    low, high = format(min(values), style), format(max(values), style)
+    return low if low == high else f"{low} to {high}"
 
 
 def label(result: Row, row: Row) -> str:

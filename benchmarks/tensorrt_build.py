@@ -35,7 +35,7 @@ from gpu_models import subject
 from gpu_peers import DTYPES, run, strict_fp32, with_tf32
 from gpu_run import PACKAGES, RESULTS, _bytes_in_use, _moved, error, reason
 from tensorrt_by_hand import build, export, library
-from tensorrt_ours import optimized, raw_call
+from tensorrt_ours import Optimized, optimized, raw_call
 from torch import nn
 
 from accelkit.measure import write_results
@@ -125,42 +125,42 @@ class Subject:
         self.wide = spec.make().to(options.device)
         self.wide_inputs: Inputs = _moved(spec.make_inputs(batch), options.device)
         self.model, self.inputs = by_hand.cast(self.wide, self.wide_inputs, DTYPES[precision])
-        self.fast: Any = None
+        self.made: Optimized | None = None
 
     def cold(self) -> dict[str, Any]:
         before = _bytes_in_use(self.device)
-        self.fast, facts = optimized(self.model, self.inputs, self.precision, cache=True)
-        run(self.fast, self.inputs)()
+        self.made = made = optimized(self.model, self.inputs, self.precision, cache=True)
+        run(made.model, self.inputs)()
         after = _bytes_in_use(self.device)
         memory = None if before is None or after is None else after - before
-        return {**facts, "memory_bytes": memory, "error": self._error(self.fast, self.wide)}
+        return {**made.facts, "memory_bytes": memory, "error": self._error(made, self.wide)}
 
     def warm(self) -> dict[str, Any]:
         other, _ = self._other()
-        return optimized(other, self.inputs, self.precision, cache=False)[1]
+        return optimized(other, self.inputs, self.precision, cache=False).facts
 
     def cached(self) -> dict[str, Any]:
-        return optimized(self.model, self.inputs, self.precision, cache=True)[1]
+        return optimized(self.model, self.inputs, self.precision, cache=True).facts
 
     def overhead(self) -> dict[str, Any]:
         return self._overhead(self._built())
 
     def plain(self) -> dict[str, Any]:
-        fast, facts = optimized(self.model, self.inputs, self.precision, cache=False, cuda_graph=False)
-        return {**self._overhead(fast), "seconds": facts["seconds"]}
+        made = optimized(self.model, self.inputs, self.precision, cache=False, cuda_graph=False)
+        return {**self._overhead(made), "seconds": made.facts["seconds"]}
 
     def refit(self) -> dict[str, Any]:
-        fast, facts = optimized(self.model, self.inputs, self.precision, cache=False, refittable=True)
+        made = optimized(self.model, self.inputs, self.precision, cache=False, refittable=True)
         other, wide = self._other()
         state = other.state_dict()
         _synchronize(self.device)
         started = time.perf_counter()
-        fast.refit(state)
+        made.model.refit(state)
         _synchronize(self.device)
         seconds = time.perf_counter() - started
         plain = error(by_hand.tensors_of(run(other, self.inputs)()), self._truth(wide), None)
-        return {"refit_seconds": round(seconds, 3), "built": facts["seconds"], "error": self._error(fast, wide),
-                "plain_error": plain, "call": self._overhead(fast)}  # fmt: skip
+        return {"refit_seconds": round(seconds, 3), "built": made.facts["seconds"], "error": self._error(made, wide),
+                "plain_error": plain, "call": self._overhead(made)}  # fmt: skip
 
     def by_hand(self) -> dict[str, Any]:
         trt = library()
@@ -174,10 +174,10 @@ class Subject:
         return {"export_seconds": round(exported, 3), "cold_seconds": _rounded(cold), "warm_seconds": _rounded(warm),
                 "engine_bytes": int(data.nbytes), "timing_cache_bytes": len(cache)}  # fmt: skip
 
-    def _built(self) -> Any:
-        if self.fast is None:
+    def _built(self) -> Optimized:
+        if self.made is None:
             raise RuntimeError("nothing was built by the step cold")
-        return self.fast
+        return self.made
 
     def _other(self) -> tuple[nn.Module, nn.Module]:
         """The model with other weights of the same kind: in the precision, and in float32."""
@@ -196,12 +196,12 @@ class Subject:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
 
-    def _error(self, fast: Any, wide: nn.Module) -> float:
-        return error(by_hand.tensors_of(run(fast, self.inputs)()), self._truth(wide), None)
+    def _error(self, made: Optimized, wide: nn.Module) -> float:
+        return error(by_hand.tensors_of(run(made.model, self.inputs)()), self._truth(wide), None)
 
-    def _overhead(self, fast: Any) -> dict[str, Any]:
+    def _overhead(self, made: Optimized) -> dict[str, Any]:
         """Host microseconds of a call while the GPU is idle: medians, the two taken in turn."""
-        raw, ours = raw_call(fast, self.inputs), run(fast, self.inputs)
+        raw, ours = raw_call(made, self.inputs), run(made.model, self.inputs)
         times: dict[str, list[float]] = {"raw_us": [], "accelkit_us": []}
         for _ in range(20 if self.calls > 20 else 1):
             raw(), ours()

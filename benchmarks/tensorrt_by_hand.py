@@ -80,7 +80,7 @@ class BoundCall:
     kept: Any = None  # what the context needs
 
     def __call__(self) -> list[torch.Tensor]:
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+        if not self.context.execute_async_v3(_stream(self.outputs[0].device)):
             raise RuntimeError("TensorRT's execute_async_v3 failed")
         return self.outputs
 
@@ -193,6 +193,7 @@ def bind(engine: Any, inputs: dict[str, torch.Tensor], outputs: Sequence[str]) -
     """A context on copies of the inputs in the engine's dtypes, and on new outputs."""
     context = engine.create_execution_context()
     given, results = [], []
+    device = next(iter(inputs.values())).device
     for name, tensor in inputs.items():
         copy = tensor.to(torch_dtype(engine, name)).contiguous()
         context.set_input_shape(name, tuple(copy.shape))
@@ -200,10 +201,16 @@ def bind(engine: Any, inputs: dict[str, torch.Tensor], outputs: Sequence[str]) -
         given.append(copy)
     for name in outputs:
         shape = tuple(context.get_tensor_shape(name))
-        results.append(torch.empty(shape, dtype=torch_dtype(engine, name), device="cuda"))
+        results.append(torch.empty(shape, dtype=torch_dtype(engine, name), device=device))
         context.set_tensor_address(name, results[-1].data_ptr())
-    size = getattr(engine, "device_memory_size_v2", None) or engine.device_memory_size
+    newer = hasattr(engine, "device_memory_size_v2")
+    size = engine.device_memory_size_v2 if newer else engine.device_memory_size
     return BoundCall(context, given, results, {"device_memory_bytes": int(size)})
+
+
+def _stream(device: torch.device) -> int:
+    """The caller's stream by its number; off the GPU (tests) there is none."""
+    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
 def torch_dtype(engine: Any, name: str) -> torch.dtype:

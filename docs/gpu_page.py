@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_tables  # noqa: E402
+import tensorrt_tables  # noqa: E402
 
 Render = Callable[[Sequence[str], Iterable[Sequence[object]]], str]
 ORDER = (
@@ -24,15 +25,19 @@ ORDER = (
 )  # fmt: skip
 HEADLINE = ("fastertransformer_vit_b16_384", "fx2ait_encoder", "bert_tools")
 DOCUMENT = "docs/benchmarks-gpu.md"
+BUILDS = "tensorrt_build"
 
 
 def headline(results: Path, render: Render) -> str:
     """README's: ours beside the best peer of the same run and the floor; nothing where no GPU was measured."""
     parts = []
     for path, result in files(results, HEADLINE):
-        table = gpu_tables.summary(result)
-        if table.rows:
-            parts += [f"**{result['gpu_title']}, fp16**", render(table.columns, cells(table)), origin(path, result)]
+        for number, one in enumerate(gpu_tables.by_run(result)):
+            table = gpu_tables.summary(one) if number == 0 else tensorrt_tables.engines(one)
+            rows = [line for line in cells(table) if number == 0 or line[0] == "fp16"]
+            if rows:
+                words = "fp16" if number == 0 else "TensorRT, fp16"
+                parts += [f"**{result['gpu_title']}, {words}**", render(table.columns, rows), origin(path, one)]
     if parts:
         parts.append(f"All candidates, precisions, errors, floors and plots: [{DOCUMENT}]({DOCUMENT}).")
     return "\n\n".join(parts)
@@ -50,10 +55,14 @@ def document(results: Path, render: Render) -> str:
             parts.append(f"![{result['gpu_title']}: times as fast as PyTorch fp16]({where})")
         for table in gpu_tables.tables(result, published):
             parts += [f"**{table.title}**", render(table.columns, cells(table)), *table.notes]
+    for path, result in files(results, (BUILDS,), "build_title"):
+        parts += [f"## {result['build_title']}", origin(path, result)]
+        for table in tensorrt_tables.builds(result):
+            parts += [f"**{table.title}**", render(table.columns, cells(table)), *table.notes]
     return "\n\n".join(parts) or "Nothing is recorded yet."
 
 
-def files(results: Path, names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+def files(results: Path, names: Sequence[str], kind: str = "gpu_title") -> list[tuple[Path, dict[str, Any]]]:
     """The GPU results files of these names, machine by machine, in the names' order.
 
     Raises:
@@ -62,7 +71,7 @@ def files(results: Path, names: Sequence[str]) -> list[tuple[Path, dict[str, Any
     found = []
     for path in sorted(results.glob("*/*.json"), key=lambda p: (p.parent.name, _place(p.stem, names))):
         result = json.loads(path.read_text())
-        if "gpu_title" not in result or path.stem not in names:
+        if kind not in result or path.stem not in names:
             continue
         if result["tiny"]:
             raise SystemExit(f"{path} is from a run with --tiny, which measures nothing: delete it")
@@ -78,10 +87,22 @@ def cells(table: gpu_tables.Table) -> list[list[str]]:
 
 
 def origin(path: Path, result: dict[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    target = f"accelkit's target `{result['target']}`"
+    """Where the numbers come from; a sentence for each machine, date, environment and run."""
+    sets = list(result.get("sets", {}).values()) or [result]
+    sentences = list(dict.fromkeys(_origin(one) for one in sets))
     where = f"benchmarks/results/{path.parent.name}/{path.name}"
-    return f"{result['machine']}; {target}; {versions}; {result['date']}; from `{where}`."
+    return "; and ".join(sentences) + f"; from `{where}`."
+
+
+def _origin(one: dict[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in one["versions"].items())
+    beside = one.get("gpus_at_once", 1)
+    words = [
+        *([f"run {one['run']}"] if "run" in one else []), one["machine"],
+        *([f"{beside} GPUs at once, each with {one['threads']} processor threads"] if beside > 1 else []),
+        *([f"accelkit's target `{one['target']}`"] if "target" in one else []), versions, one["date"],
+    ]  # fmt: skip
+    return "; ".join(words)
 
 
 def _place(name: str, names: Sequence[str]) -> int:

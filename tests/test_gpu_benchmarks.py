@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmark_scripts import ROOT, load, results, scripts_folders  # noqa: F401 - the fixture is for every test here
 from torch import nn
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--tiny", "--device", "cpu", "--target", "eager", "--batch", "2"]
 SCRIPTS = {
     "fastertransformer_vit": (["--model", "vit-b16-224"], "fastertransformer_vit_b16_224"),
@@ -24,30 +22,6 @@ SCRIPTS = {
     "fx2ait_encoder": ([], "fx2ait_encoder"),
     "bert_tools": (["--model", "bert-base-128"], "bert_tools"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _scripts_folders(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Scripts import each other as from their own folder; TF32 settings are the process's and go back."""
-    before = set(sys.modules)
-    settings = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    for folder in ("benchmarks", "docs"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    yield
-    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = settings
-    for name in set(sys.modules) - before:
-        if Path(str(getattr(sys.modules[name], "__file__", ""))).parent in (ROOT / "benchmarks", ROOT / "docs"):
-            del sys.modules[name]
-
-
-def load(name: str) -> Any:
-    return importlib.import_module(name)
-
-
-def results(folder: Path, name: str) -> dict[str, Any]:
-    (path,) = folder.glob(f"*/{name}.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
