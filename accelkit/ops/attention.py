@@ -21,7 +21,8 @@ SCHEMA = (
 )
 
 KINDS = ("auto", "triton", "cudnn", "flash", "efficient", "xformers", "math")
-"""What computes it on a GPU; "auto": measured per shape where tuned, else by rules. On a CPU all mean the same."""
+"""What computes it on a GPU; "auto": measured per shape where compiled or tuned for it, else by rules. On a CPU all are
+the same."""
 
 
 def meaning(

@@ -1,4 +1,4 @@
-"""What computes an attention on a GPU: measured for its shape where it was tuned, else by rule.
+"""What computes an attention on a GPU: measured for its shape where it was compiled or tuned for it, else by rule.
 
     (dtype, sizes, mask, causal, kind) -> one of accelkit.ops.attention.KINDS but "auto", and the Triton kernel's configuration
 
@@ -126,15 +126,24 @@ def default_on(device: torch.device, problem: AttentionProblem) -> AttentionChoi
 def candidates_on(device: torch.device, problem: AttentionProblem) -> list[AttentionChoice]:
     """The kernels worth measuring for a problem, the Triton kernel in several configurations."""
     from accelkit.kernels import attention
-    from accelkit.ops import attention_kinds
 
     p, pdl = problem, dependent_launch_on(device)
     configs = attention.candidates(p.length, p.keys, p.width, p.dtype, p.causal, p.mask != "none")
     found = [AttentionChoice("triton", TritonConfig(*c)._replace(pdl=pdl)) for c in configs]
     if p.kind == "triton":
         return found
+    return list(dict.fromkeys([*kernels_on(device, problem), *found]))
+
+
+def kernels_on(device: torch.device, problem: AttentionProblem) -> list[AttentionChoice]:
+    """Every kernel once, the rules' choice first, the Triton kernel as the rules configure it."""
+    from accelkit.ops import attention_kinds
+    from accelkit.ops.operator import without_triton
+
+    triton = [AttentionChoice("triton", _triton_default(device, problem))] if without_triton() is None else []
     others = ("cudnn", "flash", "efficient", *(("xformers",) if attention_kinds.without_xformers() is None else ()))
-    return list(dict.fromkeys([default_on(device, problem), *(AttentionChoice(kind) for kind in others), *found]))
+    default = default_on(device, problem)
+    return list(dict.fromkeys([default, *triton, *(AttentionChoice(kind) for kind in others)]))
 
 
 chosen = Choices("attention", AttentionProblem, AttentionChoice, candidates_on)

@@ -43,7 +43,18 @@ class Choices(dict[tuple[torch.device, P], C | None], Generic[P, C]):
         super().__init__()
         self.kind, self.problem, self.config, self.candidates = kind, problem, config, candidates
         self._loaded: set[torch.device] = set()
+        self._provisional: set[tuple[torch.device, P]] = set()
         KINDS[kind] = self
+
+    def keep(self, device: torch.device, problem: P, choice: C, provisional: bool = False) -> None:
+        """Choose; `provisional`: of some of the candidates only, so that tuning measures it again."""
+        where = (device, problem)
+        self[where] = choice
+        (self._provisional.add if provisional else self._provisional.discard)(where)
+
+    def is_provisional(self, device: torch.device, problem: P) -> bool:
+        """Whether the problem has a choice of some of the candidates only."""
+        return self[device, problem] is not None and (device, problem) in self._provisional
 
     def __missing__(self, where: tuple[torch.device, P]) -> C | None:
         """The first look-up of a problem: loads the device's file where nothing was looked up there before."""
@@ -62,6 +73,7 @@ class Choices(dict[tuple[torch.device, P], C | None], Generic[P, C]):
         with _LOADING:
             self.clear()
             self._loaded.clear()
+            self._provisional.clear()
 
     def _load(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -77,7 +89,8 @@ class Choices(dict[tuple[torch.device, P], C | None], Generic[P, C]):
                     refused += 1
                     continue
                 if config in self.candidates(device, problem):
-                    self.setdefault((device, problem), config)
+                    if (device, problem) not in self:
+                        self.keep(device, problem, config, entry.get("provisional") is True)
                 else:
                     refused += 1
         if refused:

@@ -161,11 +161,18 @@ def keep(device: torch.device, entries: Sequence[Entry]) -> None:
 
 
 def merge(path: Path, environment: Environment, entries: Sequence[Entry]) -> None:
-    """Add entries to a file, in place of older ones of the same problems; a warning where it cannot be written."""
+    """Add entries to a file, in place of older ones of the same problems; a warning where it cannot be written.
+
+    A provisional entry, which some of the candidates were measured for, does not take the place of a whole one.
+    """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _locked(path):
-            merged = {_identity(e): e for e in (*_parsed_or_none(path), *entries)}
+            merged = {_identity(e): e for e in _parsed_or_none(path)}
+            for entry in entries:
+                before = merged.get(_identity(entry), entry)
+                if before.get("provisional") or not entry.get("provisional"):
+                    merged[_identity(entry)] = entry
             _replace(path, _text(environment, list(merged.values())))
     except OSError as error:
         warn(f"tuned choices could not be kept in {path} ({error}); this process uses them, the next one tunes again")

@@ -91,7 +91,8 @@ def tune(
     outcome = Outcome()
     waiting = []
     for task in _by_work(tasks):
-        if not again and task.choices[task.device, task.problem] is not None:
+        known = task.choices[task.device, task.problem] is not None
+        if known and not again and not task.choices.is_provisional(task.device, task.problem):
             outcome.known.append(task)
         else:
             waiting.append(task)
@@ -128,7 +129,7 @@ def _tune(
             outcome.left[words] = str(error)
             continue
         outcome.results.append(result)
-        task.choices[task.device, task.problem] = result.choice
+        task.choices.keep(task.device, task.problem, result.choice)
         if result.complete:
             files.keep(task.device, [result.to_json()])
         else:  # good enough for this process; the next one starts again

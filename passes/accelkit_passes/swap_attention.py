@@ -3,9 +3,10 @@
     accelkit.attention(q, k, v) -> accelkit.sparse_attention(q, k, v, the pattern's mask)
 
 Which kernel computes each attention: "cudnn", "flash", "efficient" (PyTorch's), "xformers", "triton" (accelkit's own),
-"math" (matmul, softmax, matmul), or "auto", which leaves the choice to accelkit: measured per shape where tuned, by
-rules otherwise. Not in the default pipeline, whose attentions are "auto": kernels beat plain attention by 12 times and lose to
-one another by 1.4, and which one wins depends on the shape.
+"math" (matmul, softmax, matmul), or "auto", which leaves the choice to accelkit: a pass cannot measure, so the target does,
+for each shape that it compiles for (fastertransformer on a GPU; its lines in the report have every kernel's time). Elsewhere
+what was measured before holds, and rules where nothing was. Not in the default pipeline, whose attentions are "auto": kernels
+beat plain attention by 12 times and lose to one another by 1.4, and which one wins depends on the shape.
 
 A pattern (accelkit.attention_patterns) makes attention sparse, as xFormers' did: tokens attend to those that the pattern
 allows only. That is another model, so it happens on request only, and the report says so.

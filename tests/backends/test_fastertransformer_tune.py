@@ -199,6 +199,21 @@ def test_tuning_while_compiling() -> None:
 
 @gpu
 @pytest.mark.usefixtures("_nothing_known")
+def test_attention_is_measured_without_tuning() -> None:
+    model, x = Layer().cuda().eval(), torch.randn(2, 5, 64, device="cuda")
+    fast = accelkit.optimize(model, x, target="fastertransformer", precision="fp16", cache=False, progress=False)
+    (note,) = (n for n in notes_of(fast).splitlines() if n.startswith("attention 2 x 4 x 5 x 16 float16"))
+    assert ": measured " in note
+    assert all(f"{kind} " in note for kind in ("triton", "cudnn", "flash", "efficient", "; runs "))
+    choices.KINDS["attention"].forget()
+    again = accelkit.optimize(model, x, target="fastertransformer", precision="fp16", cache=False, progress=False)
+    (later,) = (n for n in notes_of(again).splitlines() if n.startswith("attention 2 x 4 x 5 x 16 float16"))
+    assert ": measured on " in later
+    assert later.partition("; runs ")[2] == note.partition("; runs ")[2].partition(";")[0]
+
+
+@gpu
+@pytest.mark.usefixtures("_nothing_known")
 def test_candidates_that_cannot_run_leave_nothing() -> None:
     from accelkit.kernels.linear import LinearConfig
 

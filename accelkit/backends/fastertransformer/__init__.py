@@ -35,8 +35,8 @@ class FasterTransformer(Backend):
             inputs, the form is passed over and the report says so. False where other inputs may be like that.
         warmup: runs before a recording: Triton compiles its kernels in the first one, and must not while recording.
         tune: whether to measure, while compiling, which kernel and configuration each fused operator runs with on this GPU:
-            False uses what is known from earlier tuning and else rules; True takes 60 seconds at most for each engine, a
-            number so many.
+            False uses what is known from earlier tuning and else rules, except for attention, whose kernels are few and are
+            measured in any case; True takes 60 seconds at most for each engine, a number so many.
     """
 
     cuda_graph: bool = True

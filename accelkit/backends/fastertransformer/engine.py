@@ -28,6 +28,7 @@ from accelkit.backends.fastertransformer.prepare import prepare
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
 from accelkit.batch import Shapes, batch_of
 from accelkit.errors import InputError
+from accelkit.ops import operator_of
 from accelkit.tf32 import tensor_core_products
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class FasterTransformerEngine(Engine):
         prepared = prepare(graph, inputs, context)
         examples = graphs.laid_out(prepared)([i.detach() for i in inputs])
         self._tuned = self._tune(prepared, examples, context) if backend.tune else ()
+        self._attention = self._choose_attention(prepared, examples, context)
         context.progress("choosing kernels")
         self._choice = choose(
             prepared, examples, backend.warmup, self._device, self._arithmetic, backend.fold_layer_norms, context.precision
@@ -121,7 +123,7 @@ class FasterTransformerEngine(Engine):
 
     def describe(self) -> EngineFacts:
         notes = [*facts.operator_notes(self._graph, self._device)]
-        notes += self._tuned
+        notes += [*self._tuned, *self._attention]
         if (chosen := self._choice.note()) is not None:
             notes.append(chosen)
         if self._weight_bytes:
@@ -186,6 +188,20 @@ class FasterTransformerEngine(Engine):
                 lambda done, total, words: context.progress(f"tuning {done + 1} of {total}: {words}"),
             )  # fmt: skip
         return tuple(outcome.notes())
+
+    def _choose_attention(
+        self, graph: fx.GraphModule, inputs: Sequence[Tensor], context: CompileContext
+    ) -> tuple[str, ...]:
+        if self._device.type != "cuda" or all(
+            (o := operator_of(n)) is None or o.name != "attention" for n in graph.graph.nodes
+        ):
+            return ()
+        from accelkit.backends.fastertransformer.tune import measure_attention
+
+        context.progress("measuring attention")
+        examples, _ = examples_of(self._backend.capture_sizes, batch_of(graph), inputs)
+        with self._arithmetic(), self._on_device():
+            return tuple(measure_attention(graph, examples, self._device))
 
     def _record(self, inputs: Sequence[Tensor]) -> None:
         if (obstacle := why_not_recordable(self._graph, self._device)) is not None:

@@ -24,6 +24,7 @@ from accelkit.ops.decompose import decomposed_for
 from accelkit.options import canonical_example, resolve_passes
 from accelkit.pass_runner import run_passes
 from accelkit.precision import Precision
+from accelkit.tuning.kernels_of_attention import choose_kernels
 from accelkit.tuning.measuring import Task
 from accelkit.tuning.problems import task_of
 from accelkit.tuning.tuner import Outcome, Progress, tune
@@ -64,6 +65,16 @@ def tune_tasks(
     """Tune problems on a GPU; what memory they took goes back to it."""
     try:
         return tune(tasks, GraphTimer(device), seconds=seconds, progress=progress, again=again)
+    finally:
+        torch.cuda.empty_cache()
+
+
+def measure_attention(graph: fx.GraphModule, examples: Iterable[Sequence[Tensor]], device: torch.device) -> list[str]:
+    """Choose the kernel of each attention of kind "auto" that has none yet, at these examples' sizes; a sentence for each."""
+    try:
+        return choose_kernels(
+            (task for inputs in examples for task in tasks_of(graph, inputs)), GraphTimer(device)
+        )  # fmt: skip
     finally:
         torch.cuda.empty_cache()
 
