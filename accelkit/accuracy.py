@@ -34,7 +34,7 @@ class OutputError:
     Attributes:
         name: the output.
         error: relative error against float64 (share of differing elements for integers and booleans).
-        yardstick: the same of plain PyTorch in the same precision; None where it could not run.
+        yardstick: the same of plain PyTorch in the same precision; None where it could not run, or overflowed throughout.
         allowed: the largest error that counts as right.
     """
 
@@ -91,7 +91,7 @@ def check_outputs(
             continue
         yardstick, truth = None, reference
         if plain is not None:
-            yardstick = relative_error(plain[index], _overflowed(plain[index], plain[index], reference))
+            yardstick = _yardstick(plain[index], reference)
             truth = _overflowed(result, plain[index], reference)
         error = relative_error(result, truth)
         allowed = tolerance if tolerance is not None else _allowed(yardstick, precision, result, reference)
@@ -99,16 +99,28 @@ def check_outputs(
     return checked
 
 
+def _yardstick(plain: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """Plain PyTorch's error where it does not overflow; None where it overflows throughout."""
+    lost = _lost(plain, reference)
+    if lost is None or not bool(lost.any()):
+        return relative_error(plain, reference)
+    return None if bool(lost.all()) else relative_error(plain[~lost], reference[~lost])
+
+
 def _overflowed(result: torch.Tensor, plain: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """The reference, with plain PyTorch's infinity or NaN where that does not fit its dtype and the result has the same."""
-    floats = reference.is_floating_point() and result.is_floating_point() and plain.is_floating_point()
-    if not floats or not result.shape == plain.shape == reference.shape:
-        return reference
-    lost = reference.isfinite() & ~plain.isfinite()
-    if not bool(lost.any()):
+    lost = _lost(plain, reference)
+    if lost is None or result.shape != plain.shape or not result.is_floating_point() or not bool(lost.any()):
         return reference
     same = (result == plain) | (result.isnan() & plain.isnan())
     return torch.where(lost & same, plain.to(reference.dtype), reference)
+
+
+def _lost(plain: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
+    """Where plain PyTorch has infinity or NaN for a finite value; None for what is not floating point."""
+    if not reference.is_floating_point() or not plain.is_floating_point() or plain.shape != reference.shape:
+        return None
+    return reference.isfinite() & ~plain.isfinite()
 
 
 def _allowed(yardstick: float | None, precision: Precision, result: torch.Tensor, reference: torch.Tensor) -> float:

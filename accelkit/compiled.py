@@ -34,6 +34,7 @@ from accelkit.signature import Signature, TensorSpec
 from accelkit.twin import same_buffers, version
 
 if TYPE_CHECKING:
+    from accelkit.overflow import Measured
     from accelkit.pipeline import Plan
 
 _MAX_ROUTES = 4096
@@ -49,12 +50,14 @@ class Variant:
         program: as captured, before any pass.
         lowered: what runs.
         samples: the example's inputs (flat tensors) and the results that were checked, for artifacts.
+        ranges: what passes were told of the values' ranges, for artifacts.
     """
 
     label: str
     program: Program
     lowered: Lowered
     samples: tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]
+    ranges: tuple[Measured, ...] = ()
 
     @property
     def signature(self) -> Signature:
@@ -83,10 +86,10 @@ class CompiledModel:
         self._lock = threading.RLock()  # builds and refits, one at a time; calls go on meanwhile
         self._counting = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._padded: Counter[str] = Counter()
         self._reasons: Counter[str] = Counter()
         self._built: Built | None = None
         self._routes: dict[Any, Variant | Padded | str] = {}
-        self._padded: Counter[str] = Counter()
         self._padding: Padding | None = None
         self._before: dict[str, Counter[str]] = {}  # what engines counted while they were built
         self._binders: dict[Any, Callable[..., list[Any] | None] | None] = {}
@@ -95,13 +98,13 @@ class CompiledModel:
             self._install(built)
 
     def _install(self, built: Built) -> None:
-        with self._counting:
-            self._routes, self._binders = {}, {}
-            self._watched = weights_of(built.program)
         padding = padding_of(self._plan, built)
         built.report.padding = "" if padding is None else sentence(padding)
+        with self._counting:
+            self._routes, self._binders = {}, {}
             self._padding = padding if isinstance(padding, Padding) else None
             self._before = _counters(built)
+            self._watched = weights_of(built.program)
             self._built = built
 
     # --- calling
@@ -164,11 +167,11 @@ class CompiledModel:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
+        padded = isinstance(route, Padded)
+        variant = route.variant if isinstance(route, Padded) else route
         try:
             results = route.run(tensors) if isinstance(route, Padded) else variant.lowered.call(*tensors)
         except (LoweringError, InputError) as error:
-        padded = isinstance(route, Padded)
-        variant = route.variant if isinstance(route, Padded) else route
             # an engine that cannot take these very values (a size of 0, an index out of range): the model itself decides
             if not self._plan.fallback or built.fallback is None:
                 raise
@@ -210,12 +213,12 @@ class CompiledModel:
         route = padding.route(tensors)
         return f"{reason}; {route}" if isinstance(route, str) and route else route or reason
 
-            without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
-            padding = f". Padding: {built.report.padding}" if built.report.padding else ""
-            raise InputError(
     def _fall_back(self, built: Built, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._plan.fallback or built.fallback is None:
             covered = " | ".join(v.signature.coverage() for v in built.variants)
+            without = "fallback=False" if built.fallback is not None else "the original model is not at hand"
+            padding = f". Padding: {built.report.padding}" if built.report.padding else ""
+            raise InputError(
                 f"no compiled variant covers this call ({reason}), and {without}. Covered: {covered}{padding}"
             )
         with self._counting:
@@ -230,11 +233,11 @@ class CompiledModel:
     def _count(self, label: str, padded: bool = False) -> None:
         with self._counting:
             self._counts[label] += 1
+            if padded:
+                self._padded[label] += 1
 
     # --- building
 
-            if padded:
-                self._padded[label] += 1
     def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Built:
         with self._lock:
             if self._built is None:
@@ -262,11 +265,11 @@ class CompiledModel:
         return {
             "calls": sum(counts.values()) + fallback,
             "variants": counts,
+            "padded": padded,
+            "engines": _without(_counters(self._built), self._before),
             "fallback": fallback,
             "fallback_reasons": reasons,
         }
-            "padded": padded,
-            "engines": _without(_counters(self._built), self._before),
 
     @property
     def signature(self) -> Signature:
@@ -321,9 +324,6 @@ def weights_of(program: Program | None) -> tuple[tuple[torch.Tensor, int | None]
     return tuple((t, version(t)) for t in tensors.values())
 
 
-def _result(variant: Variant, results: Sequence[Any]) -> Any:
-    signature = variant.signature
-    if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
 def _counters(built: Built | None) -> dict[str, Counter[str]]:
     """What the engines of each variant counted, those of its pieces added up."""
     variants = () if built is None else built.variants
@@ -336,6 +336,9 @@ def _without(counted: dict[str, Counter[str]], before: dict[str, Counter[str]]) 
     return {label: counts for label, counts in found.items() if counts}
 
 
+def _result(variant: Variant, results: Sequence[Any]) -> Any:
+    signature = variant.signature
+    if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
         return results[0]
     return signature.unflatten(results)
 

@@ -21,8 +21,10 @@ AUTO_ORDER = {"cpu": ("onnxruntime", "inductor", "eager"), "cuda": ("fastertrans
 """`target="auto"`: the first of these that is available here and has the precision."""
 
 
-def canonical_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def canonical_example(example_inputs: Any, what: str = "example_inputs") -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a tensor, a tuple or list of positional arguments, or a dict of keyword arguments.
+
+    `what` names it in messages.
 
     Raises:
         InputError: something else, or a tensor on the meta device.
@@ -37,11 +39,11 @@ def canonical_example(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, A
         args, kwargs = (), {k: example_inputs[k] for k in example_inputs.keys()}  # noqa: SIM118 - BatchEncoding is no dict
     else:
         raise InputError(
-            f"example_inputs must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
+            f"{what} must be a tensor, a tuple of positional arguments or a dict of keyword arguments, "
             f"not {type(example_inputs).__name__}"
         )
     if any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in pytree.tree_leaves((args, kwargs))):
-        raise InputError("example_inputs has a tensor on the meta device; examples need real data")
+        raise InputError(f"{what} has a tensor on the meta device; examples need real data")
     return args, kwargs
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -71,6 +71,22 @@ class OpenResult:
     output: int
     kept: Callable[..., torch.Tensor]
     reason: str
+
+
+@dataclass(frozen=True)
+class Range:
+    """How large a node's values became in the float32 run (see `GraphPass.wants_ranges`).
+
+    Attributes:
+        largest: the largest magnitude among the finite values that count; 0 where there were none.
+        special: "NaN" where there was one, else "infinity" where there was one, else empty.
+        inside: a bound on what the operator computes on its way to the result: the scores of an attention operator
+            (largest norm of a query times largest norm of a key times the scale, by Cauchy and Schwarz).
+    """
+
+    largest: float
+    special: str = ""
+    inside: float = 0.0
 
 
 @dataclass
@@ -130,6 +146,15 @@ class GraphPass(_Pass):
         """What the graph computes afterwards, in words for the report, where by design that is not what it did before; else
         None. Errors are then measured against the graph after the pass, and all other passes as ever against the model."""
         return None
+
+    def wants_ranges(self, graph: fx.GraphModule) -> Mapping[fx.Node, float]:
+        """The nodes of which the pass has to know how large their values become, each with the magnitude from which on
+        values do not count (`math.inf`: all finite ones do).
+
+        `optimize` then runs the graph on the example and on `calibration=`, just before `run`, and puts a `Range` into
+        each one's `node.meta["range"]`. A pass has to do without as well: others (tests, tools) may run it on a graph alone.
+        """
+        return {}
 
     @abstractmethod
     def run(self, graph: fx.GraphModule) -> PassResult:

@@ -29,6 +29,7 @@ from accelkit.compiled import Built, CompiledModel
 from accelkit.errors import ArtifactError, InputError, LoweringError, warn
 from accelkit.lowering import EngineStore, Lowered, Stored
 from accelkit.measure import Timing, versions
+from accelkit.overflow import Measured
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.precision import Precision, as_precision
 from accelkit.progress import Progress
@@ -85,6 +86,7 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
         "signature": signature_to_json(program.signature),
         "engines": engines,
         "variants": [v.label for v in built.variants],
+        "ranges": {v.label: [m.to_json() for m in v.ranges] for v in built.variants},
         "report": built.report.to_json(),
     }
     write(path, manifest, members)
@@ -184,7 +186,10 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         exported = program_from_bytes(artifact.view("program"))
         inputs = tuple(samples[f"inputs/{i}"] for i in range(len(signature.tensors)))
         plan = _plan(manifest, cache, progress)
-    except (KeyError, TypeError, ValueError) as error:
+        ranges = {
+            label: [Measured.from_json(one) for one in some] for label, some in manifest.get("ranges", {}).items()
+        }
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: the manifest is incomplete ({type(error).__name__}: {error}); save it again"
         ) from error
@@ -197,12 +202,13 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         )
     store = ArtifactStore(artifact, samples, plan.store)
     fallback = ProgramModule(program)
+    as_saved = dataclasses.replace(plan, known_ranges=ranges)  # a refit's weights have others
     with plan.progress.running(f"loading {plan.model_name}"):
         try:
-            built = dataclasses.replace(plan, store=store).build_program(program, 0.0, None)
+            built = dataclasses.replace(as_saved, store=store).build_program(program, 0.0, None)
         except _SelfTestFailed as failure:
             warn(f"{path}: {failure}; its engines are rebuilt from the program")
-            built = plan.build_program(program, 0.0, None)
+            built = as_saved.build_program(program, 0.0, None)
     if store.rebuilt:
         text = (
             f"{store.rebuilt} engine(s) rebuilt: the saved ones are for other versions, options or hardware than here"

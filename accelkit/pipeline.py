@@ -6,8 +6,9 @@ nn.Module --capture--> fx graph --passes--> fx graph --partition + lower--> engi
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch import fx, nn
 
 from accelkit.backend_api import Backend, CompileContext
+from accelkit.calibration import Calibration, as_calibration, one_shot
 from accelkit.capture import Program, capture, specialise
 from accelkit.checks import Checked, check, run_original
 from accelkit.compiled import Built, CompiledModel, Variant
 from accelkit.dims import Dim
-from accelkit.errors import CaptureError, InputError, LoweringError, warn
+from accelkit.errors import AccelkitError, CaptureError, InputError, LoweringError, warn
 from accelkit.lowering import EngineStore, lower
 from accelkit.measure import peak_memory
 from accelkit.options import canonical_example, device_type, resolve_backend, resolve_passes, sizes_of
+from accelkit.overflow import Measured, RangeFinder
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.pass_runner import count_operators, run_passes
 from accelkit.precision import Precision, as_precision
@@ -60,7 +63,8 @@ def optimize(
         passes: None for the default pipeline, or passes (values or names) in the order they shall run.
         dynamic_shapes: by input name and dimension: `{"input_ids": {0: accelkit.Dim("batch", max=64)}}`.
         buckets: sizes of dynamic dimensions to build separate engines for: `{"batch": (1, 8)}`; None: one engine for all.
-        calibration: an iterable of inputs, for precisions that need calibration (none of the present ones does).
+        calibration: an iterable of inputs (a DataLoader will do), each as `example_inputs`: for fp16, whose overflow is
+            then looked for on them as well as on the example. It is gone through at each build and refit, one batch at a time.
         tolerance: largest relative error allowed against float64; None: twice plain PyTorch's own in this precision.
         fallback: inputs that no engine covers run on the original model, counted in `stats()`; False: an InputError.
         cache: keep compiled engines on disk and reuse them.
@@ -102,6 +106,8 @@ class Plan:
     tolerance: float | None = None
     fallback: bool = True
     progress: Progress = field(default_factory=Progress)
+    calibration: Calibration | None = None
+    known_ranges: Mapping[str, Sequence[Measured]] = field(default_factory=dict)  # by label: of a saved model
 
     def empty_report(self) -> Report:
         return Report(self.model_name, str(self.backend), str(self.precision))
@@ -127,7 +133,7 @@ class Plan:
         variants = []
         for label, sizes in self._bucket_sizes(program):
             captured = specialise(program, sizes_of(program, sizes)) if sizes else program
-            variant, found = self._build_variant(label, captured, model)
+            variant, found = self._build_variant(label, captured, model, program, sizes)
             found.seconds = {"capture": capture_seconds} | found.seconds
             found.notes += notes
             variants.append(variant)
@@ -136,19 +142,57 @@ class Plan:
 
     def build_piece(self, program: Program, model: nn.Module) -> tuple[Variant, VariantReport]:
         """One captured piece of a model that torch.export refused."""
-        return self._build_variant("piece", program, model)
+        variant, found = dataclasses.replace(self, calibration=None)._build_variant(
+            "piece", program, model, program, {}
+        )
+        if self.calibration is not None:
+            found.notes.append(
+                "calibration is not used: its batches are inputs of the whole model, and this is a piece"
+            )
+        return variant, found
 
-    def _build_variant(self, label: str, program: Program, model: nn.Module | None) -> tuple[Variant, VariantReport]:
+    def _build_variant(
+        self, label: str, program: Program, model: nn.Module | None, whole: Program, sizes: dict[str, int]
+    ) -> tuple[Variant, VariantReport]:
         found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
+        graph = copy_graph(program.graph)
+        ranges = RangeFinder(graph, lambda: self._batches(program, whole, sizes), self.known_ranges.get(label, ()))
         with peak_memory() as memory:
-            variant = self._lower_and_check(label, program, model, found)
+            variant = self._lower_and_check(label, program, model, found, graph, ranges)
         found.peak_memory_bytes = memory.peak_bytes - memory.before_bytes
         return variant, found
 
-    def _lower_and_check(self, label: str, program: Program, model: nn.Module | None, found: VariantReport) -> Variant:
-        graph = copy_graph(program.graph)
+    def _batches(self, program: Program, whole: Program, sizes: dict[str, int]) -> Iterator[tuple[torch.Tensor, ...]]:
+        """What the ranges of values are measured on: the example, then the calibration inputs."""
+        yield program.inputs
+        if self.calibration is not None:
+            yield from self.calibration.through(program, whole, sizes)
+
+    def _lower_and_check(
+        self,
+        label: str,
+        program: Program,
+        model: nn.Module | None,
+        found: VariantReport,
+        graph: fx.GraphModule,
+        ranges: RangeFinder,
+    ) -> Variant:
         with self.progress.stage("passes", found.seconds):
-            found.ledger += run_passes(graph, self.graph_passes)
+            try:
+                found.ledger += run_passes(graph, self.graph_passes, ranges.prepare)
+            except AccelkitError:
+                raise
+            except Exception:  # the graph, run for its ranges, fails on the example
+                run_original(program, model)
+                raise
+        if ranges.measured:
+            found.seconds["passes"] -= ranges.seconds
+            found.seconds["ranges"] = ranges.seconds
+        found.notes += ranges.notes
+        if self.calibration is not None:
+            found.notes.append(
+                self.calibration.note() if ranges.ran else "calibration is not used: no pass asked for ranges"
+            )
         found.notes += [record.meaning.note() for record in found.ledger if record.meaning is not None]
         with self.progress.stage("lowering", found.seconds), torch.no_grad():
             context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say)
@@ -162,7 +206,7 @@ class Plan:
         with self.progress.stage("checks", found.seconds):
             checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, found.ledger)
         _tell(found, checked, str(self.backend))
-        return Variant(label, program, lowered, checked.samples)
+        return Variant(label, program, lowered, checked.samples, tuple(ranges.measured))
 
     def _bucket_sizes(self, program: Program) -> list[tuple[str, dict[str, int]]]:
         if not self.buckets:
@@ -199,8 +243,11 @@ def make_plan(
     wanted = as_precision(precision)
     backend = resolve_backend(target, wanted, device or device_type(model))
     graph_passes, onnx_passes = resolve_passes(passes, wanted)
-    if calibration is not None:
+    if calibration is not None and not wanted.overflows:
         raise InputError(f"calibration is for precisions that need it; {wanted} does not. Leave calibration out")
+    batches = None if calibration is None else as_calibration(calibration)
+    if buckets is not None and one_shot(calibration):
+        raise InputError("calibration is an iterator, and buckets go through it once each: give a list or a DataLoader")
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise InputError(f"tolerance is a relative error such as 1e-3, not {tolerance!r}")
     if buckets is not None and dynamic_shapes is None:
@@ -209,7 +256,7 @@ def make_plan(
         )
     return Plan(
         eval_twin(model), type(model).__name__, backend, wanted, graph_passes, onnx_passes, store or open_store(cache),
-        dynamic_shapes, buckets, tolerance, fallback, Progress(progress),
+        dynamic_shapes, buckets, tolerance, fallback, Progress(progress), batches,
     )  # fmt: skip
 
 

@@ -33,6 +33,11 @@ class Precision:
         """Spacing of this precision's numbers at 1.0 (tf32 keeps float32's range with 10 bits of mantissa)."""
         return 2.0**-10 if self.name == "tf32" else float(torch.finfo(self.dtype).eps)
 
+    @property
+    def overflows(self) -> bool:
+        """Whether what float32 holds may lie beyond its range: float16's ends at 65504, bfloat16's where float32's does."""
+        return float(torch.finfo(self.dtype).max) < 1e-3 * float(torch.finfo(torch.float32).max)
+
     def __str__(self) -> str:
         return self.name
 

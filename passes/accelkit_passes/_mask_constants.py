@@ -40,6 +40,7 @@ class MaskConstants:
     report: Callable[[str], None]
     clamped: dict[fx.Node, float] = field(default_factory=dict)
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    protected: set[fx.Node] = field(default_factory=set)
 
     @property
     def limit(self) -> float:
@@ -57,9 +58,14 @@ class MaskConstants:
     def clamp_arguments(self, node: fx.Node) -> None:
         """Clamp the numbers that an operator which runs in the low precision puts into its result or compares with."""
         name = operator_name(node)
-        scales = name == "mul" and any(_is_zero_or_one(i) for i in node.all_input_nodes)
+        scales = name == "mul" and any(is_zero_or_one(i) for i in node.all_input_nodes)
         if name in FILLS or name in COMPARISONS or name in ("add", "sub") or scales:
             self._clamp_numbers(node)
+
+    def protect(self, reader: fx.Node) -> None:
+        """Leave the constants that reach `reader` as they are: it reads them in float32, beside values of their
+        size."""
+        self.protected.update(one for value in reader.all_input_nodes for one in self._ancestry(value))
 
     def prepare(self, node: fx.Node) -> bool:
         """Clamp the constants that reach `node` (float32) before it is cast; True where the cast itself must
@@ -67,6 +73,8 @@ class MaskConstants:
         found = self._ancestry(node)
         before = set(self.clamped)
         large = added = infinite = False
+        if not self.protected.isdisjoint(found):
+            return self._has_finite_beyond(found)
         for one in found:
             name = operator_name(one)
             if one.op == "get_attr":
@@ -77,12 +85,20 @@ class MaskConstants:
             infinite |= any(math.isinf(n) for n in numbers)
             if any(self.beyond(n) for n in numbers):
                 large = True
-                if name in FILLS or (name == "mul" and any(_is_zero_or_one(i) for i in one.all_input_nodes)):
+                if name in FILLS or (name == "mul" and any(is_zero_or_one(i) for i in one.all_input_nodes)):
                     self._clamp_numbers(one)
             added |= name in MASK_ARITHMETIC
         large |= bool(set(found) & set(self.clamped))
         self._follow([n for n in self.clamped if n not in before])
         return large and added and not infinite
+
+    def _has_finite_beyond(self, found: list[fx.Node]) -> bool:
+        """Whether the numbers reach beyond the range, and none is infinite (a cast that saturates would change it)."""
+        numbers = [n for one in found for n in _numbers(one)]
+        tensors = [graphs.attribute(self.graph, str(one.target)) for one in found if one.op == "get_attr"]
+        if any(map(math.isinf, numbers)) or any(bool(t.isinf().any()) for t in tensors):
+            return False
+        return any(map(self.beyond, numbers)) or any(bool((t.abs() > self.limit).any()) for t in tensors)
 
     def _ancestry(self, node: fx.Node) -> list[fx.Node]:
         """What the numbers of `node` are made from, as far as they only move, fill and add up."""
@@ -158,7 +174,7 @@ def _numbers(node: fx.Node) -> list[float]:
     return [v for v in bound.values() if isinstance(v, (int, float)) and not isinstance(v, bool)]
 
 
-def _is_zero_or_one(node: fx.Node) -> bool:
+def is_zero_or_one(node: fx.Node) -> bool:
     """Whether a tensor provably comes from a 0-or-1 mask: made of integers or booleans, or `1 - x`."""
     while operator_name(node) in MOVES or operator_name(node) in CASTS:
         node = node.args[0]  # type: ignore[assignment]

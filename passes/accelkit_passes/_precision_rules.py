@@ -123,3 +123,9 @@ MASK_ARITHMETIC = _names("add sub rsub mul neg")
 MASK_MOVES = (
     MOVES | CASTS | _names("cat stack where masked_fill maximum minimum clamp clamp_min clamp_max index_put scatter")
 )
+
+# Of the operators that fill: those whose number stands where a mask says so (bounds of a clamp do not).
+MASK_SOURCES = _names("full full_like new_full scalar_tensor fill masked_fill where constant_pad_nd pad index_fill")
+
+# Choose among their operand's numbers.
+SELECTIONS = _names("amax amin max min sort topk")

@@ -47,6 +47,7 @@ class Values:
         self.before_cast: dict[fx.Node, fx.Node] = {}  # the author's upcast -> the low-precision value it was made of
         self.inferred: set[fx.Node] = set()
         self.masks = MaskConstants(graph, dtype, result.rewrote)
+        self.saturating: set[fx.Node] = set()  # inputs whose cast clamps what is beyond the range
         tensors = [v for v in self.original.values() if isinstance(v, torch._subclasses.FakeTensor)]
         self.mode = tensors[0].fake_mode if tensors else None
 
@@ -67,6 +68,7 @@ class Values:
         if value in self.weights and operator_name(value) in MOVES and len(value.all_input_nodes) == 1:
             return self.narrow_move(value, at)
         saturate = self.kinds[value] == Kind.WAITING and self.masks.prepare(value)
+        saturate = saturate or value in self.saturating
         value = self.masks.replaced.get(value, value)
         source = value
         if saturate:

@@ -13,6 +13,8 @@ author meant:
 4. Mask constants out of the low precision's range are clamped to it; see `_mask_constants`.
 5. Operators that lose too much, or that have no kernel, stay in float32 (`_precision_rules.KEEP`, with reasons), and
    so does what `keep` names. What they give is cast where it next meets the low precision.
+6. In float16, what the float32 run of the example shows to be beyond 65504 stays in float32, with all that reads it;
+   see `_overflow`. bfloat16 ends where float32 does.
 
 float64, complex and integer values are left alone. The pass has to run before remove_no_ops, which would take the
 author's casts away, and before fold_constants, which folds the casts of weights.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import fnmatch
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -33,6 +36,7 @@ from accelkit.pass_api import GraphPass, PassResult
 from accelkit.precision import Precision, as_precision
 from accelkit_passes._author_casts import leaves_module, module_paths, says_float32
 from accelkit_passes._mask_constants import operator_name
+from accelkit_passes._overflow import Overflow
 from accelkit_passes._precision_rules import (
     BATCH_NORMS,
     CASTS,
@@ -68,19 +72,20 @@ class SetPrecision(GraphPass):
     def __post_init__(self) -> None:
         as_precision(self.precision)
 
+    def wants_ranges(self, graph: fx.GraphModule) -> Mapping[fx.Node, float]:
+        precision = as_precision(self.precision)
+        if not precision.overflows or _impossible(graph):
+            return {}
+        return Overflow(graph, precision.dtype).wanted()
+
     def run(self, graph: fx.GraphModule) -> PassResult:
         result = PassResult()
         precision = as_precision(self.precision)
         if precision.dtype == torch.float32:
             return result
-        for node in graph.graph.nodes:
-            if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op in ("call_module", "call_method"):
-                result.refused(node, f"{node.target} holds a graph of its own, so the whole graph stays in float32")
-                return result
-        if rereads := _read_after_write(graph):
-            result.refused(
-                rereads, "it reads memory that the graph writes to before, so the whole graph stays in float32"
-            )
+        if impossible := _impossible(graph):
+            node, reason = impossible
+            result.refused(node, f"{reason}, so the whole graph stays in float32")
             return result
         _Rewriter(graph, precision, self.keep, result).run()
         return result
@@ -94,6 +99,11 @@ class _Rewriter(Values):
         self.precision, self.keep = precision, keep
         self.runtime: set[fx.Node] = set()  # depends on the graph's inputs
         self.used_patterns: set[str] = set()
+        self.overflow = Overflow(graph, precision.dtype)
+        self.saturating = self.overflow.saturating()
+        for node in graph.graph.nodes:
+            if self.overflow.reason(node):
+                self.masks.protect(node)
         self.outputs = [graphs.val(r) if isinstance(r, fx.Node) else r for r in graph.graph.output_node().args[0]]  # type: ignore[union-attr]
         self.moved_inputs = _moved_inputs(graph)
 
@@ -120,6 +130,9 @@ class _Rewriter(Values):
     def placeholder(self, node: fx.Node) -> None:
         self.runtime.add(node)
         self.kinds[node] = Kind.LOW if is_of(node, torch.float32, self.dtype) else Kind.OTHER
+        if self.overflow.is_beyond(node):
+            self.kinds[node] = Kind.WIDE
+            self.result.refused(node, self.overflow.reason(node))
 
     def attribute(self, node: fx.Node) -> None:
         self.kinds[node] = Kind.OTHER
@@ -169,6 +182,10 @@ class _Rewriter(Values):
             self.kinds[node] = Kind.WAITING if is_of(node, torch.float32) else Kind.OTHER
         elif reason := self.kept(node):
             self.stay_wide(node, reason)
+        elif reason := self.overflow.reason(node):
+            self.overflow.stayed(node)
+            by_author = all(self.kinds[f] == Kind.AUTHOR for f in floats)  # who has it in float32 anyway
+            self.stay_wide(node, "" if by_author else reason)
         else:
             self.run_low(node, floats, name)
 
@@ -217,7 +234,7 @@ class _Rewriter(Values):
         elif kind == Kind.OTHER and not before.is_floating_point:
             self.kinds[node] = Kind.WAITING
         elif before == torch.float32 and (source.op == "placeholder" or (kind == Kind.LOW and meant is False)):
-            self.to_dtype(node, self.dtype)  # a no-op once more
+            self.back_to_low(node)  # a no-op once more
         elif source in self.before_cast and meant is not False:
             self.stand_in(node, source)  # x.float() twice: nobody casts back what was only just cast
             self.kinds[node] = Kind.AUTHOR
@@ -228,8 +245,18 @@ class _Rewriter(Values):
             self.kinds[node] = Kind.AUTHOR
         elif kind == Kind.OTHER and source not in self.runtime:
             self.kinds[node] = Kind.WAITING
-        else:  # AUTHOR, WIDE, or float64
-            self.to_dtype(node, torch.float32 if meant else self.dtype)
+        elif meant:  # AUTHOR, WIDE, or float64
+            self.to_dtype(node, torch.float32)
+        else:
+            self.back_to_low(node)
+
+    def back_to_low(self, node: fx.Node) -> None:
+        """The author casts back to what the activations have; where that cannot hold the values, it stays float32."""
+        if not (reason := self.overflow.reason(node)):
+            return self.to_dtype(node, self.dtype)
+        self.result.refused(node, reason)
+        self.overflow.stayed(node)
+        return self.finish(node, node.args, node.kwargs, Kind.WIDE)
 
     def to_dtype(self, node: fx.Node, dtype: torch.dtype) -> None:
         """Turn a cast that did nothing into one that gives `dtype`."""
@@ -292,7 +319,8 @@ class _Rewriter(Values):
             self.stay_wide(node, f"it does not run in {self.precision}: {str(error).splitlines()[0]}")
 
     def stay_wide(self, node: fx.Node, reason: str) -> None:
-        self.result.refused(node, reason)
+        if reason:
+            self.result.refused(node, reason)
         self.rearrange(node, lambda value: self.wide(value, node))
         self.finish(node, node.args, node.kwargs)
 
@@ -327,6 +355,15 @@ class _Rewriter(Values):
         if not full.startswith(("aten.", "prims.", "accelkit.")):
             return f"{names[1]} stays in float32: whether its kernel takes {self.precision} is unknown"
         return ""
+
+
+def _impossible(graph: fx.GraphModule) -> tuple[fx.Node, str] | None:
+    """The node that makes the pass leave the whole graph alone, and why."""
+    for node in graph.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op in ("call_module", "call_method"):
+            return node, f"{node.target} holds a graph of its own"
+    rereads = _read_after_write(graph)
+    return None if rereads is None else (rereads, "it reads memory that the graph writes to before")
 
 
 def _read_after_write(graph: fx.GraphModule) -> fx.Node | None:
