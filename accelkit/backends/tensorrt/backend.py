@@ -17,6 +17,7 @@ from accelkit.backend_api import EMBEDS_BELOW_BYTES, Backend, CompileContext, En
 from accelkit.backends.tensorrt import library, refitting, versions
 from accelkit.backends.tensorrt.building import build_plan, timing_cache_path
 from accelkit.backends.tensorrt.engine import TensorRTEngine
+from accelkit.backends.tensorrt.forms import rewritten
 from accelkit.backends.tensorrt.job import HARDWARE, BuildJob, BuildResult
 from accelkit.backends.tensorrt.manifest import Manifest, sha256
 from accelkit.backends.tensorrt.network import Network, network_of
@@ -142,6 +143,7 @@ class TensorRT(Backend):
                 f"TensorRT {tensorrt.__version__} has int32 only, and {'; '.join(beyond.values())}", beyond
             )
         context.progress("exporting to ONNX")
+        graph = rewritten(graph)
         network = network_of(
             graph, inputs, context, weakly_typed=not typed, external_bytes=self.embeds_below_bytes
         )  # fmt: skip
@@ -170,7 +172,7 @@ class TensorRT(Backend):
     ) -> Engine:
         self._require()
         plan, manifest = Manifest.from_blobs(blobs)
-        return self._engine(plan, manifest, graph, inputs)
+        return self._engine(plan, manifest, rewritten(graph), inputs)
 
     def _engine(
         self, plan: bytes, manifest: Manifest, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]

@@ -150,7 +150,12 @@ def _start_failure(tensorrt: Any) -> str | None:
             tensorrt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (tensorrt.ILogger.Severity.ERROR, tensorrt.ILogger.Severity.INTERNAL_ERROR):
+            levels = tensorrt.ILogger.Severity
+            if severity in (
+                levels.WARNING,
+                levels.ERROR,
+                levels.INTERNAL_ERROR,
+            ):  # a driver too old is a warning in 8.6
                 heard.append(message)
 
     try:

@@ -19,7 +19,7 @@ from torch import fx
 
 from accelkit import graph as graphs
 from accelkit.backend_api import CompileContext
-from accelkit.backends.tensorrt.forms import FORMS
+from accelkit.backends.tensorrt.forms import FORMS, MODEL_REWRITES
 from accelkit.backends.tensorrt.job import Shapes
 from accelkit.backends.tensorrt.opset import EXPORTED, to_opset_17
 from accelkit.culprits import culprits
@@ -122,6 +122,8 @@ def network_of(
     if context.onnx_passes:
         model, records = run_onnx_passes(model, context.onnx_passes, lambda one: context.progress(str(one)))
         context.records.extend(records)
+    for rewrite in MODEL_REWRITES:
+        rewrite(model)
     _renew_origins(model, origins)
     to_opset_17(model)  # what it cannot bring there is for the parser to judge
     model.ir_version = min(model.ir_version, IR_VERSION)

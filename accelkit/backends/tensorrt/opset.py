@@ -9,6 +9,7 @@ The exporter writes 18 and gives up on converting a model in which any axes are 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from accelkit.onnx_weights import all_nodes
@@ -21,25 +22,16 @@ _REDUCTIONS = frozenset(
     f"Reduce{name}" for name in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 )
 _NEW = frozenset(
-    (
-        "BitwiseAnd",
-        "BitwiseNot",
-        "BitwiseOr",
-        "BitwiseXor",
-        "CenterCropPad",
-        "Col2Im",
-        "GroupNormalization",
-        "Mish",
-        "OptionalGetElement",
-        "OptionalHasElement",
-    )
+    ("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "CenterCropPad", "Col2Im", "GroupNormalization", "Mish")
 )
 _NEW_ATTRIBUTES = {
-    "Resize": ("antialias", "axes", "keep_aspect_ratio_policy"),
-    "Split": ("num_outputs",),
-    "ScatterElements": ("reduction",),
-    "ScatterND": ("reduction",),
-}  # fmt: skip
+    ("LpPool", "ceil_mode"): 0,
+    ("LpPool", "dilations"): None,
+    ("Resize", "antialias"): 0,
+    ("Resize", "axes"): None,
+    ("Resize", "keep_aspect_ratio_policy"): b"stretch",
+}
+"""With the values that mean what 17 does; None where only leaving it out does."""
 
 
 def to_opset_17(model: onnx.ModelProto) -> str | None:
@@ -49,44 +41,40 @@ def to_opset_17(model: onnx.ModelProto) -> str | None:
         return None
     if standard.version != WANTED + 1:
         return f"is written in operator set {standard.version}"
-    constants = _integer_constants(model)
+    constants, uneven = _integer_constants(model), _uneven_splits(model)
     nodes = list(all_nodes(model.graph))
     for node in nodes:
-        if (why := _obstacle(node, constants)) is not None:
+        if (why := _obstacle(node, constants, uneven)) is not None:
             return f"{node.op_type} ({node.name}) {why}"
     for node in nodes:
         if node.op_type in _REDUCTIONS and not node.domain:
             _axes_as_attribute(node, constants)
-        elif node.op_type in _NEW_ATTRIBUTES and not node.domain:
-            _drop(node, _NEW_ATTRIBUTES[node.op_type])
+        elif not node.domain:
+            new = [name for kind, name in _NEW_ATTRIBUTES if kind == node.op_type]
+            _drop(node, ["num_outputs"] if node.op_type == "Split" else new)
     standard.version = WANTED
     return None
 
 
-def _obstacle(node: onnx.NodeProto, constants: dict[str, list[int]]) -> str | None:
+def _obstacle(node: onnx.NodeProto, constants: dict[str, list[int]], uneven: Collection[str]) -> str | None:
+    from onnx import helper
+
     if node.domain:
         return None
     if node.op_type in _NEW:
         return f"is new in operator set {WANTED + 1}"
-    given = {a.name: a for a in node.attribute}
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     if node.op_type in _REDUCTIONS and len(node.input) > 1 and node.input[1] and node.input[1] not in constants:
         return "takes its axes from a computation"
     if node.op_type == "Pad" and len(node.input) > 3 and node.input[3]:
         return "names the axes that it pads"
-    if node.op_type == "Resize" and (
-        ("antialias" in given and given["antialias"].i) or "axes" in given or "keep_aspect_ratio_policy" in given
-    ):
-        return "uses an attribute that is new in operator set 18"
-    if node.op_type == "LpPool" and ("dilations" in given or given.get("ceil_mode")):
-        return "uses an attribute that is new in operator set 18"
-    if node.op_type == "Split" and len(node.input) < 2:
-        return "says into how many parts, not where" if "num_outputs" in given else None
-    if (
-        node.op_type in ("ScatterElements", "ScatterND")
-        and "reduction" in given
-        and given["reduction"].s in (b"max", b"min")
-    ):
-        return f"reduces by {given['reduction'].s.decode()}"
+    if node.op_type in ("ScatterElements", "ScatterND") and given.get("reduction") in (b"max", b"min"):
+        return f"reduces by {given['reduction'].decode()}"
+    if node.op_type == "Split" and len(node.input) < 2 and node.output[0] in uneven:
+        return "cuts into parts that may differ in size"
+    for (kind, name), old in _NEW_ATTRIBUTES.items():
+        if kind == node.op_type and given.get(name, old) != old:
+            return f"uses {name}, which is new in operator set {WANTED + 1}"
     return None
 
 
@@ -102,11 +90,26 @@ def _axes_as_attribute(node: onnx.NodeProto, constants: dict[str, list[int]]) ->
         del node.attribute[:]
 
 
-def _drop(node: onnx.NodeProto, names: tuple[str, ...]) -> None:
-    kept = [a for a in node.attribute if a.name not in names or (a.name == "reduction" and a.s != b"none")]
-    copies = [type(a).FromString(a.SerializeToString()) for a in kept]
+def _drop(node: onnx.NodeProto, names: Collection[str]) -> None:
+    kept = [type(a).FromString(a.SerializeToString()) for a in node.attribute if a.name not in names]
     del node.attribute[:]
-    node.attribute.extend(copies)
+    node.attribute.extend(kept)
+
+
+def _uneven_splits(model: onnx.ModelProto) -> set[str]:
+    """First results of the Splits whose parts are not known to be of one size, which 17 makes of them."""
+    from onnx import helper
+
+    sizes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.value_info}
+    sizes |= {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.output}
+    found = set()
+    for node in all_nodes(model.graph):
+        if node.op_type == "Split":
+            axis = next((int(helper.get_attribute_value(a)) for a in node.attribute if a.name == "axis"), 0)
+            parts = {sizes[o][axis] if sizes.get(o) else 0 for o in node.output}
+            if len(parts) > 1 or 0 in parts:
+                found.add(node.output[0])
+    return found
 
 
 def _integer_constants(model: onnx.ModelProto) -> dict[str, list[int]]:
