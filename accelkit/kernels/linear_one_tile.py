@@ -271,7 +271,7 @@ def _launch(
         stages or default_stages(tile), found is not None, bias is not None, 0 if x_statistics is None else x_statistics.shape[1],
         residual is not None, 0 if residual_statistics is None else residual_statistics.shape[1], statistics is not None,
         activation, pdl, pdl and dependent.is_constant(weight), num_warps=block_m // 16,
-        # the registers of a multiprocessor are for two programs; 128 accumulators a thread need more
+        # few, so that another program fits beside this one; products 128 columns wide do not compile with fewer
         maxnreg=80 if block_n == 64 else 96, **dependent.options(pdl),
     )  # fmt: skip
 

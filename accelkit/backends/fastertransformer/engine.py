@@ -24,7 +24,7 @@ from accelkit.backends.fastertransformer import facts
 from accelkit.backends.fastertransformer.batches import Padding, examples_of, shapes_of
 from accelkit.backends.fastertransformer.choice import choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
-from accelkit.backends.fastertransformer.prepare import prepare
+from accelkit.backends.fastertransformer.prepare import constants_of, prepare
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
 from accelkit.batch import Shapes, batch_of
 from accelkit.errors import InputError
@@ -216,7 +216,8 @@ class FasterTransformerEngine(Engine):
         for one in examples:  # from the largest on: the smaller ones fit into the memory that it leaves
             try:
                 with self._arithmetic():
-                    self._recordings[shapes_of(one)] = recorder.record(self._forward, one, self._backend.warmup)
+                    recording = recorder.record(self._forward, one, self._backend.warmup, constants_of(self._graph))
+                self._recordings[shapes_of(one)] = recording
             except NotRecordable as error:
                 self._refusals.append(f"no CUDA graph for {_shown(shapes_of(one))}: {error}")
             except torch.OutOfMemoryError as error:
