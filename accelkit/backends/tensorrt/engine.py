@@ -8,8 +8,10 @@ of TensorRT's Python objects is looked up once; shapes and addresses are set onl
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -68,6 +70,7 @@ class TensorRTEngine(Engine):
         self._plan, self._tensorrt, self._manifest = plan, tensorrt, manifest
         self._replay: Replay | None = None
         self._graph_note = ""
+        self._counting, self._calls = threading.Lock(), collections.Counter[str]()
         self._captured: list[Context] = []  # those that belong to CUDA graphs
         with streams.on_device():
             self._engine, self._runtime = deserialised(
@@ -104,6 +107,7 @@ class TensorRTEngine(Engine):
             return self._captured_call(inputs, stream)
         if self._replay is not None and self._replay.fits(inputs):
             self._require_here(inputs)
+            self._count("replayed")
             return self._replay(inputs, stream)
         tensors = self._prepared(inputs)
         shapes = tuple([t.shape for t in tensors])
@@ -114,7 +118,18 @@ class TensorRTEngine(Engine):
             self._streams.mark(context.done)
         finally:
             self._pool.give(context)
+        if self._replay is not None:
+            self._count("not recorded")
         return self._as_asked(results) if self._converted else results
+
+    def _count(self, how: str) -> None:
+        with self._counting:
+            self._calls[how] += 1
+
+    def counters(self) -> dict[str, int]:
+        """Where there is a CUDA graph: calls that `replayed` it, and those `not recorded`."""
+        with self._counting:
+            return dict(self._calls)
 
     def _captured_call(self, inputs: Sequence[torch.Tensor], stream: int) -> Sequence[torch.Tensor]:
         """Inside the caller's own CUDA graph: the context belongs to that graph from now on."""
