@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +231,8 @@ def _synchronize(device: str) -> None:
 
 def _own_stream(device: str) -> Any:
     """Not CUDA's default stream, on which TensorRT waits for the GPU in every call."""
-    from contextlib import nullcontext
-
-    return torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext()
+    new_stream: Any = torch.cuda.Stream
+    return torch.cuda.stream(new_stream()) if device == "cuda" else nullcontext()
 
 
 if __name__ == "__main__":
