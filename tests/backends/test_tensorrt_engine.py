@@ -9,6 +9,7 @@ import functools
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import fx, nn
 
 from accelkit import Dim, InputError, LoweringError
 from accelkit import graph as graphs
+from accelkit.backend_api import CompileContext
+from accelkit.backends.tensorrt import TensorRT, backend, library, refitting
 from accelkit.backends.tensorrt import engine as engines
-from accelkit.backends.tensorrt import library, refitting
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.manifest import MANIFEST, PLAN, Manifest, require_fit, sha256
 from accelkit.onnx_export import export_onnx, external_weights
+from accelkit.precision import as_precision
 from accelkit.testing import trace
 
 onnx = pytest.importorskip("onnx")
@@ -432,3 +435,29 @@ def test_a_precision_that_was_not_got_is_an_error(trt: ModuleType) -> None:
         trt._faults["stays_fp32"] = True
     with pytest.raises(LoweringError, match="fp16 was asked for, and TensorRT built 2 of 2 matrix-product layers"):
         TensorRTEngine(plan, manifest, graph, [x])
+
+
+# --- the whole way: graph -> ONNX -> a build in a process of its own -> engine -> blobs -> engine with other weights
+
+
+def test_from_a_graph_to_an_engine_and_back(trt: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    version = next(v for v in fake_tensorrt.VERSIONS if trt.__version__.startswith(v))
+    fake_tensorrt.install(tmp_path / "site", monkeypatch, version)
+    monkeypatch.setattr(library, "missing", lambda: None)
+    monkeypatch.setattr(backend, "_device", lambda inputs: 0)
+    said: list[str] = []
+    context = CompileContext(as_precision("fp32"), progress=said.append)
+    target, (model, graph), other = (
+        TensorRT(refittable=True, timing_cache=False, cuda_graph=False),
+        traced(Model),
+        Model(),
+    )
+    x = torch.randn(4, 8)
+    engine = target.compile(graph, [x], context)
+    torch.testing.assert_close(engine(x)[0], model(x).detach())
+    assert isinstance(engine, TensorRTEngine)
+    assert engine.manifest.precision == "fp32"
+    assert any(words.startswith("TensorRT building") for words in said), said
+    assert any(note.startswith("built in ") for note in engine.describe().notes)
+    again = target.load(engine.serialize(), with_weights_of(graph, other), [x], context)
+    torch.testing.assert_close(again(x)[0], other(x).detach())
