@@ -18,7 +18,7 @@ from torch import nn
 import accelkit
 from accelkit import plugins
 from accelkit.backend_api import CompileContext
-from accelkit.backends.tensorrt import TensorRT, library, obstacles
+from accelkit.backends.tensorrt import TensorRT, building, library, obstacles
 from accelkit.backends.tensorrt.obstacles import beyond_int32, obstacle
 from accelkit.errors import BackendUnavailableError, InputError
 from accelkit.testing import trace
@@ -96,28 +96,16 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setitem(sys.modules, "tensorrt", stand_in("8.6.0"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(library, "device_facts", lambda index=0: {"gpu": "X", "driver": "470.1"})
+    monkeypatch.setattr(library, "_driver_cuda", lambda: 13)
     library._load_failure_of.cache_clear()
     yield monkeypatch
     library._load_failure_of.cache_clear()
 
 
-def stand_in(version: str, error: Exception | None = None, heard: str = "") -> ModuleType:
+def stand_in(version: str) -> ModuleType:
     """What `library` asks of the module tensorrt."""
-
-    class ILogger:
-        class Severity:
-            ERROR, INTERNAL_ERROR, WARNING = range(3)
-
-    class Runtime:
-        def __init__(self, log: Any) -> None:
-            if heard:
-                log.log(ILogger.Severity.ERROR, heard)
-            if error is not None:
-                raise error
-
     module = ModuleType("tensorrt")
-    module.__dict__.update(__version__=version, ILogger=ILogger, Runtime=Runtime)
+    module.__dict__["__version__"] = version
     return module
 
 
@@ -192,12 +180,23 @@ def test_no_gpu(here: pytest.MonkeyPatch) -> None:
     assert str(TensorRT().unavailable()).endswith("too old (found version 11040).; update the NVIDIA driver")
 
 
-def test_a_driver_too_old_for_tensorrt(here: pytest.MonkeyPatch) -> None:
-    error = TypeError("pybind11::init(): factory function returned nullptr")
-    here.setitem(sys.modules, "tensorrt", stand_in("10.16", error, "CUDA initialization failure with error: 35"))
-    why = str(TensorRT().unavailable())
-    assert "TensorRT 10.16 does not start on this GPU: CUDA initialization failure with error: 35" in why
-    assert "the driver (470.1) is too old for the CUDA that this TensorRT was built with: update the driver" in why
+def test_a_driver_older_than_tensorrt_is_tried_once_in_another_process(here: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    here.setattr(building, "start_failure", lambda device: tried.append(device) or "CUDA initialization failure")
+    here.setattr(torch.cuda, "current_device", lambda: 0)
+    for version, cuda, starts in (
+        ("8.6.0", 12, True),
+        ("10.16", 13, True),
+        ("10.16.2", 12, False),
+        ("12.0", 13, False),
+    ):
+        tried.clear()
+        here.setitem(sys.modules, "tensorrt", stand_in(version))
+        here.setattr(library, "_driver_cuda", lambda cuda=cuda: cuda)
+        for _ in range(2):
+            assert (TensorRT().unavailable() is None) is starts
+        assert tried == ([] if starts else [0])
+    library._start_failure.cache_clear()
 
 
 def test_compiling_without_it_says_the_same() -> None:

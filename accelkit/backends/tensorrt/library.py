@@ -1,6 +1,6 @@
 """Is TensorRT here, does it load, does it reach the GPU? Each question once a process, each "no" with what to do.
 
-    package -> shared libraries -> version -> GPU and driver, by PyTorch -> TensorRT's own start on the GPU
+    package -> shared libraries -> version -> GPU and driver, by PyTorch -> TensorRT's own start, where the driver is in doubt
 
 Nothing here is imported with accelkit: loading the library takes a second and some hundred megabytes.
 """
@@ -22,6 +22,9 @@ from accelkit.errors import BackendUnavailableError
 OLDEST = (8, 6)
 """8.6 is the first with the timing cache options, version compatibility and LayerNormalization in its parser."""
 BFLOAT16_SINCE = (10, 0)
+_BUILT_WITH_CUDA = {8: 12, 9: 12, 10: 13, 11: 13}
+"""TensorRT's major version -> newest major CUDA version that its packages are built with. A driver for that one runs them all;
+where it is older, TensorRT is started once, in a process of its own, to see."""
 INSTALL = 'pip install "accelkit[tensorrt]"'
 _DISTRIBUTIONS = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 _EXPORT = ("onnx", "onnxscript")
@@ -137,41 +140,24 @@ def _no_gpu() -> str | None:
 
 
 def _no_start() -> str | None:
-    return _start_failure(loaded())
+    """Why TensorRT does not start: a driver that is older than the CUDA that it was built with."""
+    found = str(loaded().__version__)
+    newest = _BUILT_WITH_CUDA.get(numbers(found)[0])
+    if newest is not None and _driver_cuda() >= newest:
+        return None
+    return _start_failure(found, torch.cuda.current_device())
 
 
 @functools.cache
-def _start_failure(tensorrt: Any) -> str | None:
-    """Start TensorRT's runtime: it refuses a driver that is older than the CUDA that it was built with."""
-    heard: list[str] = []
+def _start_failure(version: str, device: int) -> str | None:
+    from accelkit.backends.tensorrt.building import start_failure
 
-    class Listener(tensorrt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            tensorrt.ILogger.__init__(self)
+    return start_failure(device)
 
-        def log(self, severity: Any, message: str) -> None:
-            levels = tensorrt.ILogger.Severity
-            if severity in (
-                levels.WARNING,
-                levels.ERROR,
-                levels.INTERNAL_ERROR,
-            ):  # a driver too old is a warning in 8.6
-                heard.append(message)
 
-    try:
-        started = tensorrt.Runtime(Listener())
-    except (TypeError, RuntimeError) as error:  # pybind11's way to say that the library returned nothing
-        heard.append(_first_line(error))
-        started = None
-    if started is not None:
-        return None
-    why = heard[0] if heard else "it gave no reason"
-    driver = device_facts().get("driver")
-    return (
-        f"TensorRT {tensorrt.__version__} does not start on this GPU: {why}; where that is a CUDA initialization error, the "
-        f"driver{f' ({driver})' if driver else ''} is too old for the CUDA that this TensorRT was built with: update the driver, "
-        "or install TensorRT's package for the driver's CUDA"
-    )
+def _driver_cuda() -> int:
+    """The major CUDA version that the driver is for."""
+    return int(torch._C._cuda_getDriverVersion()) // 1000
 
 
 def _first_line(error: BaseException) -> str:
