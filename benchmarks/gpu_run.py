@@ -32,6 +32,7 @@ from accelkit.models import Inputs
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("triton", "transformers", "xformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt")
+NO_TIME = "the run's time budget"
 Clock = Callable[[Mapping[str, Call], argparse.Namespace], dict[str, Timing]]
 
 
@@ -69,12 +70,15 @@ class Experiment:
 
 
 def main(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] | None = None) -> int:
-    """Run those that the command line asks for; each writes `<output>/<machine>/<name>.json`."""
+    """Run those that the command line asks for; each writes `<output>/<machine>/<name>.json`. Returns the exit code."""
     options = parse(experiments, doc, arguments)
+    late = 0
     for experiment in experiments:
         if experiment.model in options.model:
-            print(f"wrote {Run(experiment, options).write()}")
-    return 0
+            run = Run(experiment, options)
+            print(f"wrote {run.write()}")
+            late += sum(str(row["failure"]).startswith(NO_TIME) for row in run.rows)
+    return parts.incomplete(late)
 
 
 def parse(experiments: Sequence[Experiment], doc: str, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -227,7 +231,7 @@ class Run:
     ) -> Call | None:
         """The candidate's call, or None with the reason in the row."""
         if time.perf_counter() > self.options.deadline:
-            row["failure"] = f"the run's time budget of {self.options.budget:g} s was used up"
+            row["failure"] = f"{NO_TIME} of {self.options.budget:g} s was used up"
             return None
         if self.options.device == "cuda":
             torch.cuda.empty_cache()  # what the candidate before left, or this one would seem to need less

@@ -15,6 +15,7 @@ import torch
 FIRST_RUN = "fused"
 """The run that files without the name of one are of."""
 SEPARATOR = "@"
+INCOMPLETE = 75
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def file_name(name: str, options: argparse.Namespace) -> str:
     """A results file's name, or a part's."""
     return f"{name}{SEPARATOR}{options.part}" if options.part else name
+
+
+def incomplete(left: int) -> int:
+    """The exit code of a script that has left so much out for want of time: the launcher does not count it as done."""
+    if left:
+        print(f"the time budget was used up, {left} not measured")
+    return INCOMPLETE if left else 0
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:

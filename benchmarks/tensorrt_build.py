@@ -34,7 +34,7 @@ import parts
 import torch
 from gpu_models import subject
 from gpu_peers import DTYPES, run, strict_fp32, with_tf32
-from gpu_run import PACKAGES, RESULTS, _bytes_in_use, _moved, error, reason
+from gpu_run import NO_TIME, PACKAGES, RESULTS, _bytes_in_use, _moved, error, reason
 from tensorrt_by_hand import build, export, library
 from tensorrt_ours import Optimized, optimized, raw_call
 from torch import nn
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 name = parts.file_name("tensorrt_build", options)
                 path = write_results(name, rows, options.output, packages=PACKAGES, **facts)
     print(f"wrote {path}")
-    return 0
+    return parts.incomplete(sum(why.startswith(NO_TIME) for row in rows for why in row["failures"].values()))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,7 +108,7 @@ def measure(name: str, batch: int, precision: str, options: argparse.Namespace) 
 
 def _take(step: str, subject: Subject, row: dict[str, Any], deadline: float) -> None:
     if time.perf_counter() > deadline:
-        row["failures"][step] = "the run's time budget was used up"
+        row["failures"][step] = f"{NO_TIME} was used up"
         return
     print(f"  {step}", file=sys.stderr, flush=True)
     try:
