@@ -69,7 +69,8 @@ class Calibration:
         left_out = (
             f"; {self.seen - self.used} left out, of shapes that are not covered" if self.seen > self.used else ""
         )
-        return f"float16's range was checked on the example and {self.used} calibration batches{left_out}"
+        batches = "batch" if self.used == 1 else "batches"
+        return f"float16's range was checked on the example and {self.used} calibration {batches}{left_out}"
 
 
 def as_calibration(value: Any) -> Calibration:

@@ -156,21 +156,35 @@ def _magnitudes(value: torch.Tensor, ceiling: float) -> tuple[torch.Tensor, torc
     return raw, torch.maximum(-low, high)
 
 
-def non_finite(wanted: Iterable[fx.Node]) -> str | None:
+def non_finite(graph: fx.GraphModule, wanted: Mapping[fx.Node, float]) -> str | None:
     """A sentence on the operators that made NaN or infinity of finite values, or None; to be told, and no overflow.
 
-    Infinities that the author wrote (`masked_fill(mask, -inf)`, a mask in a buffer or an input) are none.
+    Infinities that the author wrote (`masked_fill(mask, -inf)`, a mask in a buffer or an input), that masks add up to, or
+    that are made of positions alone (the logarithm of distance 0, which a `where` hides) are none.
     """
+    data: set[fx.Node] = set()  # made of floating-point inputs or of parameters
     found = []
-    for node in wanted:
-        special, before = node.meta[KEY].special, {i.meta[KEY].special for i in node.all_input_nodes if KEY in i.meta}
-        fresh = special not in before if special == "NaN" else special and before <= {""} and not _names_infinity(node)
-        if node.op == "call_function" and special and fresh:
-            found.append(f"{node.meta[KEY].special} in {graphs.describe_node(node)}")
+    for node in graph.graph.nodes:
+        if not data.isdisjoint(node.all_input_nodes) or _is_data(graph, node):
+            data.add(node)
+        special = node.meta[KEY].special if node in wanted else ""
+        if not special or node.op != "call_function" or node not in data:
+            continue
+        before = {i.meta[KEY].special for i in node.all_input_nodes if i in wanted}
+        no_mask = wanted[node] == math.inf and not _names_infinity(node)
+        if special not in before if special == "NaN" else no_mask and before <= {""}:
+            found.append(f"{special} in {graphs.describe_node(node)}")
     if not found:
         return None
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f"float32 itself gives {', '.join(found[:3])}{more} on the inputs tried; that is not taken for an overflow"
+
+
+def _is_data(graph: fx.GraphModule, node: fx.Node) -> bool:
+    value = graphs.val(node)
+    if node.op == "placeholder":
+        return isinstance(value, torch.Tensor) and value.is_floating_point()
+    return node.op == "get_attr" and isinstance(graphs.attribute(graph, str(node.target)), torch.nn.Parameter)
 
 
 def _names_infinity(node: fx.Node) -> bool:
@@ -238,7 +252,7 @@ class RangeFinder:
         if known is None and self.known:
             self.notes.append("the file's ranges are of other operators than here: measured anew, on its sample inputs")
         self.measured.append(Measured(operators, tuple(node.meta[KEY] for node in ordered)))
-        if (note := non_finite(ordered)) is not None:
+        if (note := non_finite(self.graph, ordered)) is not None:
             self.notes.append(note)
 
 

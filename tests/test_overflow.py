@@ -200,7 +200,7 @@ def test_forms_of_batches(form: str) -> None:
     assert "matmul" in stays(fast.report())
     said = {"DataLoader": "2 calibration batches; 1 left out, of shapes that are not covered", "generator": "2 cal"}
     (note,) = (n for n in fast.report().variants[0].notes if n.startswith("float16's range"))
-    assert said.get(form, "1 calibration batches") in note
+    assert said.get(form, "and 1 calibration batch") in note
 
 
 def test_batches_are_taken_one_at_a_time() -> None:
