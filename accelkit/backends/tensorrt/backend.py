@@ -135,6 +135,9 @@ class TensorRT(Backend):
         found = library.installed_version()
         return obstacle(node, library.numbers(found) if found is not None else None)
 
+    def pads_batches(self) -> bool:
+        return True
+
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         tensorrt = self._require()
         typed = versions.strongly_typed(tensorrt)

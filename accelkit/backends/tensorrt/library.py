@@ -157,7 +157,7 @@ def _start_failure(version: str, device: int) -> str | None:
 
 def _driver_cuda() -> int:
     """The major CUDA version that the driver is for."""
-    return int(torch._C._cuda_getDriverVersion()) // 1000
+    return int(torch._C._cuda_getDriverVersion()) // 1000  # type: ignore[attr-defined, unused-ignore]
 
 
 def _first_line(error: BaseException) -> str:
