@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch._dynamo  # here: it asks for the current folder, which is gone when a test is over
 
 from accelkit.onnx_fused import STANDARD
 from accelkit.onnx_microsoft import MICROSOFT
