@@ -98,8 +98,11 @@ class CompiledModel:
             self._install(built)
 
     def _install(self, built: Built) -> None:
+        from accelkit.floor import tell_floors
+
         padding = padding_of(self._plan, built)
         built.report.padding = "" if padding is None else sentence(padding)
+        tell_floors(built.variants, built.report.variants, self._plan.precision.name)
         with self._counting:
             self._routes, self._binders = {}, {}
             self._padding = padding if isinstance(padding, Padding) else None

@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelkit.accuracy import OutputError
 from accelkit.backend_api import EngineFacts
 from accelkit.measure import Timing
 from accelkit.pass_api import Refusal
 from accelkit.pass_runner import PassRecord
+
+if TYPE_CHECKING:
+    from accelkit.floor import Floor
 
 _SHOWN_REFUSALS = 8
 
@@ -48,6 +51,8 @@ class VariantReport:
         refusals: which, and why.
         accuracy: each output's error against float64; empty where it could not be checked (see notes).
         timings: `original` and `compiled`, interleaved.
+        floor: the least time that this machine could take for the captured program (accelkit.floor); None where the rate of
+            the precision was not measured, or the program's work is not known (see notes).
         seconds: build time by stage.
         peak_memory_bytes: highest resident memory while building, beyond what was resident before.
         notes: whatever else the user should know.
@@ -62,6 +67,7 @@ class VariantReport:
     refusals: list[Refusal] = field(default_factory=list)
     accuracy: list[OutputError] = field(default_factory=list)
     timings: dict[str, Timing] = field(default_factory=dict)
+    floor: Floor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int = 0
     notes: list[str] = field(default_factory=list)
@@ -85,6 +91,7 @@ class VariantReport:
             "accuracy": [a.to_json() for a in self.accuracy],
             "timings": {k: t.to_json() for k, t in self.timings.items()},
             "speedup": self.speedup,
+            "floor": None if self.floor is None else self.floor.to_json(),
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "peak_memory_bytes": self.peak_memory_bytes,
             "notes": list(self.notes),
@@ -161,6 +168,8 @@ def _variant_lines(variant: VariantReport) -> Iterable[str]:
     if variant.timings:
         faster = f", {variant.speedup:.2f} times as fast" if variant.speedup else ""
         yield f"  latency    {'; '.join(f'{k} {t}' for k, t in variant.timings.items())}{faster}"
+    if variant.floor is not None and "compiled" in variant.timings:
+        yield f"  floor      {variant.floor.reached(variant.timings['compiled'].median_ms)}"
     if variant.seconds:
         total = sum(variant.seconds.values())
         yield f"  built in   {total:.2f} s ({', '.join(f'{k} {v:.2f}' for k, v in variant.seconds.items())})"

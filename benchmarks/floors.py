@@ -4,15 +4,15 @@
     floor = floor_of(work_of(model, inputs, "fp16"), ceilings, "fp16")
     floor.ms, floor.bound                                # 4.8, "operations"
 
-Operations are those of the matrix products and convolutions alone, two for a multiplication with its addition; bytes are
-each weight and each input once, as if all in between stayed on the chip. No program is faster, except where
-weights stay in the caches from one call to the next, and none that writes its activations to memory gets there.
+What counts, and what a floor means, is written in `accelkit.floor`, which counts captured programs; here models are counted by
+running them, so that rows of several lengths are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from by_hand import flat_call
 from torch import nn
 
@@ -47,21 +47,21 @@ def work_of(
     Args:
         inputs: first dimension the batch.
         lengths: the rows' lengths without their padding: only these tokens count, as without padding they would.
-        counted: operations by length that are known already; added to.
+        known: operations by length that are known already; added to.
     """
     tensors = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
     batch = tensors[0].shape[0]
     rows, tokens = lengths or [None] * batch, sum(lengths) if lengths else tensors[0].shape[:2].numel()
-    counted = {} if counted is None else counted
-    for length in set(rows) - set(counted):
-        counted[length] = _operations(model, _row(inputs, length))
+    known = {} if known is None else known
+    for length in set(rows) - set(known):
+        known[length] = counted(flat_call(model, _row(inputs, length)))
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = {id(weight) for weight in embeddings}
     numbers = sum(p.numel() for p in model.parameters() if id(p) not in tables)
     numbers += sum(min(tokens, weight.shape[0]) * weight.shape[1] for weight in embeddings)  # rows that are looked up
     numbers += sum(t.numel() for t in tensors if t.is_floating_point())
     indices = sum(t.numel() * t.element_size() for t in tensors if not t.is_floating_point())
-    return Work(float(sum(counted[row] for row in rows)), float(numbers * NUMBER_BYTES[precision] + indices))
+    return Work(float(sum(known[row] for row in rows)), float(numbers * NUMBER_BYTES[precision] + indices))
 
 
 def _row(inputs: Inputs, length: int | None) -> Inputs:
