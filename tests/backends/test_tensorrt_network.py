@@ -48,7 +48,7 @@ def network(model: nn.Module, inputs: Any, precision: str = "fp32", dynamic_shap
     run_passes(graph, graph_passes)
     graph, _ = decomposed_for("tensorrt", TensorRT.fused_operators, graph, [])
     examples = [*args, *kwargs.values()]
-    return network_of(graph, examples, CompileContext(wanted, onnx_passes), weakly_typed=True), graph
+    return network_of(graph, examples, CompileContext(wanted, onnx_passes)), graph
 
 
 def text_of(model: Any) -> list[str]:
@@ -278,8 +278,6 @@ def test_nodes_that_the_graph_keeps_in_float32() -> None:
     kinds = {node.name: node.op_type for node in made.model.graph.node}
     assert [kinds[name] for name in made.keep_fp32] == ["Exp", "ReduceSum"]
     assert float32_nodes(made.model) == made.keep_fp32
-    graph = trace(Of(wide_middle), torch.randn(2, 4).half())
-    assert network_of(graph, [torch.randn(2, 4).half()], CompileContext(), weakly_typed=False).keep_fp32 == ()
 
 
 # --- names
@@ -299,7 +297,7 @@ def test_refused_nodes_are_the_graphs_own() -> None:
 def test_what_the_exporter_cannot_take_is_named() -> None:
     graph = trace(Of(lambda x: torch.lgamma(x.exp()) + 1), torch.randn(3, 3))
     with pytest.raises(LoweringError, match=r"torch\.onnx\.export cannot take the graph") as caught:
-        network_of(graph, [torch.randn(3, 3)], CompileContext(), weakly_typed=True)
+        network_of(graph, [torch.randn(3, 3)], CompileContext())
     names = {node.name: str(node.target) for node in graph.graph.nodes}
     assert any("lgamma" in names[node] for node in caught.value.nodes)
     assert not any(names[node] == "aten.exp.default" for node in caught.value.nodes)
@@ -344,6 +342,6 @@ def test_bfloat16_weights_are_written_as_they_are(tmp_path: Path) -> None:
 
 def test_a_refittable_engine_has_small_weights_outside_too() -> None:
     graph = trace(nn.Linear(4, 4), torch.randn(2, 4))
-    inside = network_of(graph, [torch.randn(2, 4)], CompileContext(), weakly_typed=True)
-    outside = network_of(graph, [torch.randn(2, 4)], CompileContext(), weakly_typed=True, external_bytes=0)
+    inside = network_of(graph, [torch.randn(2, 4)], CompileContext())
+    outside = network_of(graph, [torch.randn(2, 4)], CompileContext(), external_bytes=0)
     assert (set(inside.weights), set(outside.weights)) == (set(), {"@weight", "@bias"})

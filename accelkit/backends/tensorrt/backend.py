@@ -140,16 +140,13 @@ class TensorRT(Backend):
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         tensorrt = self._require()
-        typed = versions.strongly_typed(tensorrt)
         if not versions.has_dtype(tensorrt, "int64") and (beyond := beyond_int32(graph, inputs)):
             raise LoweringError(
                 f"TensorRT {tensorrt.__version__} has int32 only, and {'; '.join(beyond.values())}", beyond
             )
         context.progress("exporting to ONNX")
         graph = rewritten(graph)
-        network = network_of(
-            graph, inputs, context, weakly_typed=not typed, external_bytes=self.embeds_below_bytes
-        )  # fmt: skip
+        network = network_of(graph, inputs, context, external_bytes=self.embeds_below_bytes)
         device = _device(inputs)
         plan, result = self._built(network, device, str(tensorrt.__version__), context)
         weights = network.weights if self.refittable else {}

@@ -49,7 +49,8 @@ class Network:
         origins: fx node's name by ONNX node's name, and by the names of ONNX nodes' results.
         profile: by input, its smallest, tuned and largest shape.
         precision: the lowest precision that the graph computes in, or `tf32`.
-        keep_fp32: names of the ONNX nodes that compute in float32 in a network of a lower precision.
+        keep_fp32: names of the ONNX nodes that compute in float32 in a network of a lower precision: 8.6 has to be told, and
+            the proof allows them.
     """
 
     model: onnx.ModelProto
@@ -101,7 +102,6 @@ def network_of(
     inputs: Sequence[torch.Tensor],
     context: CompileContext,
     *,
-    weakly_typed: bool,
     external_bytes: int = EXTERNAL_BYTES,
 ) -> Network:
     """The network of `graph`, tuned for the shapes of `inputs`.
@@ -110,7 +110,6 @@ def network_of(
         graph: an accelkit graph.
         inputs: examples of its inputs.
         context: the precision, and the ONNX passes, whose records are added to the ledger.
-        weakly_typed: for a TensorRT that chooses types itself (8.6): `keep_fp32` is found out.
         external_bytes: floating-point tensors from this size on are weights, the others part of the model.
 
     Raises:
@@ -129,7 +128,7 @@ def network_of(
     model.ir_version = min(model.ir_version, IR_VERSION)
     _strip(model)
     precision = precision_of(graph, context.precision.name)
-    kept = float32_nodes(model) if weakly_typed and precision in ("fp16", "bf16") else ()
+    kept = float32_nodes(model) if precision in ("fp16", "bf16") else ()
     return Network(model, external_weights(model, graph), origins, profile, precision, kept)
 
 
