@@ -7,6 +7,7 @@ Nothing here is imported with accelkit: loading the library takes a second and s
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -156,8 +157,13 @@ def _start_failure(version: str, device: int) -> str | None:
 
 
 def _driver_cuda() -> int:
-    """The major CUDA version that the driver is for."""
-    return int(torch._C._cuda_getDriverVersion()) // 1000  # type: ignore[attr-defined, unused-ignore]
+    """The major CUDA version that the driver is for; 0 where it does not tell."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        version = ctypes.c_int()
+        return version.value // 1000 if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else 0
+    except (OSError, AttributeError):
+        return 0
 
 
 def _first_line(error: BaseException) -> str:
