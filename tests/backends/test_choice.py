@@ -43,8 +43,11 @@ class Machine:
     replayed: list[str] = field(default_factory=list)
     settings: list[str] = field(default_factory=list)
 
-    def record(self, forward: Callable[..., Any], inputs: Sequence[Tensor], warmup: int) -> Any:
+    def record(
+        self, forward: Callable[..., Any], inputs: Sequence[Tensor], warmup: int, constants: Sequence[Tensor]
+    ) -> Any:
         form = _form_of(forward.__self__)  # type: ignore[attr-defined]
+        assert constants, "recorded without its weights"
         assert self.settings[-1:] == ["on"], "recorded without the precision's arithmetic"
         if form in self.unrecordable:
             raise self.unrecordable[form]
