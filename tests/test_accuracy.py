@@ -14,7 +14,7 @@ from torch import nn
 from accelkit.accuracy import check_outputs, reference_outputs, relative_error
 from accelkit.capture import capture
 from accelkit.measure import peak_memory
-from accelkit.precision import BF16, FP32
+from accelkit.precision import BF16, FP16, FP32
 
 NAN, INF = math.nan, math.inf
 
@@ -156,3 +156,14 @@ def test_peak_memory_holds_no_float64_copy_of_all_weights() -> None:
     with peak_memory(0.001) as memory:
         reference_outputs(program.graph, (x,))
     assert memory.peak_bytes - memory.before_bytes < 8 * one_wide  # all of them would be sixteen
+
+
+def test_plain_pytorch_that_overflows_is_no_yardstick() -> None:
+    reference = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.float64)
+    result = reference.float() * (1 + 2e-3)
+    some, none = torch.tensor([1.001, 2.002, torch.nan, torch.inf]), torch.full((4,), torch.nan)
+    (checked,) = check_outputs([result], [reference], [some], ["y"], FP16, None)
+    assert checked.yardstick == pytest.approx(1e-3, rel=1e-2)  # where it is finite
+    (checked,) = check_outputs([result], [reference], [none], ["y"], FP16, None)
+    assert (checked.yardstick, checked.allowed) == (None, 8 * FP16.epsilon)
+    assert checked.ok

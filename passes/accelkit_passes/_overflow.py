@@ -8,8 +8,9 @@ and at each of its readers. The rest is as it would be.
 
 Masks are no overflow: where(mask, scores, -3.4e+38) holds that number for what softmax makes 0, and set_precision clamps
 it (`_mask_constants`). So where such a constant travels by moves and additions, only values below half of it count. That
-ends at a matrix product or a multiplication by anything but 0 and 1: a constant that scales is no mask. An input that
-does nothing but be added to scores, or be the mask of an attention operator, is a mask as well: its cast saturates.
+ends at a matrix product or a multiplication by anything but 0 and 1: a constant that scales is no mask. A mask that is
+read beside values beyond the range keeps its own number, in float32: -65504 would not mask them. An input that does
+nothing but be added to scores, or be the mask of an attention operator, is a mask as well: its cast saturates.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class Overflow:
             constants = list(self._constants(graph, node))
             if constants:
                 self.masks[node] = min(constants)
+        self.read_wide: dict[fx.Node, fx.Node] = {}  # masks that are to keep their own numbers -> who reads them
+        for node in reversed(graph.graph.nodes) if self.measured else ():
+            if node in self.read_wide or self.reason(node):
+                self.read_wide |= {i: node for i in node.all_input_nodes if i in self.masks}
 
     def wanted(self) -> dict[fx.Node, float]:
         """The nodes to measure, with the magnitude from which on a value is a mask."""
@@ -60,6 +65,9 @@ class Overflow:
             return f"its largest value on the inputs tried is {self._shown(_range(node).largest)}: stays in float32"
         if (inside := _range(node).inside) > self.limit / HEADROOM:
             return f"its scores may reach {self._shown(inside)} on the inputs tried: stays in float32"
+        if node in self.read_wide:
+            reader = self.read_wide[node].name
+            return f"it holds a mask, which {reader} reads beside values beyond the range: stays in float32"
         for value in node.all_input_nodes:
             if value in self.unclamped:
                 return f"it reads {value.name}, which holds a mask in float32: stays in float32"

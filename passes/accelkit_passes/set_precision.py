@@ -130,9 +130,10 @@ class _Rewriter(Values):
     def placeholder(self, node: fx.Node) -> None:
         self.runtime.add(node)
         self.kinds[node] = Kind.LOW if is_of(node, torch.float32, self.dtype) else Kind.OTHER
-        if self.overflow.is_beyond(node):
+        if reason := self.overflow.reason(node):
             self.kinds[node] = Kind.WIDE
-            self.result.refused(node, self.overflow.reason(node))
+            self.result.refused(node, reason)
+            self.overflow.stayed(node)
 
     def attribute(self, node: fx.Node) -> None:
         self.kinds[node] = Kind.OTHER

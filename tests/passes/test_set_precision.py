@@ -494,6 +494,23 @@ def test_masks_beside_scores_beyond_the_range(form: str) -> None:
     assert relative_error(result, truth) < 0.1  # one score in two may win by less than its rounding
 
 
+def test_a_mask_added_to_an_activation_stays_too_where_large_scores_read_it() -> None:
+    """T5: position bias + mask, shared by all layers; -65504 would not mask scores of 1e5."""
+
+    def two_layers(m: Function, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        bias = m.table(torch.arange(3))[:, :3] + torch.where(mask, 0.0, LOWEST)
+        return attention_with(m, attention_with(m, x, bias), bias, 3e4)
+
+    data, mask = torch.randn(2, 3, 8), torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 1]]).bool()
+    model = Function(two_layers)
+    truth = run(trace(model, data, mask), data, mask)[0]
+    _, graph, record = beyond(model, data, mask)
+    kept = reasons_of(record)
+    assert kept["add"] == "it holds a mask, which add_2 reads beside values beyond the range: stays in float32"
+    assert kept["add_1"] == "it reads add, which holds a mask in float32: stays in float32"
+    assert relative_error(run(graph, data, mask)[0], truth) < 0.1
+
+
 def test_a_mask_that_is_an_input_saturates() -> None:
     bias = torch.where(torch.tensor([[1, 1, 0], [1, 0, 1], [0, 0, 0]]).bool(), 0.0, LOWEST)
     model = Function(
@@ -507,16 +524,36 @@ def test_a_mask_that_is_an_input_saturates() -> None:
     result = run(graph, data, bias)[0]
     assert result.isfinite().all()
     assert relative_error(result[:, :2], truth[:, :2]) < 0.01  # the last row is masked everywhere
-    _, plain, _ = beyond(model, data, torch.where(bias == 0, 0.0, -math.inf)[:, :2].repeat(1, 2)[:, :3])
-    assert "clamp" not in graph_text(plain)  # its own infinities stay
+    bias[0, 2] = -math.inf
+    _, graph, _ = beyond(model, data, bias)
+    assert "clamp" not in graph_text(graph)  # which would make a number of the infinity
 
 
-def test_a_value_added_to_scores_is_no_mask_where_it_is_used_otherwise() -> None:
-    def function(m: Function, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        return attention_with(m, x, bias) + bias.mean()
+NO_MASKS = {
+    "used otherwise": (lambda m, x, bias: attention_with(m, x, bias) + bias.mean(), "inputs_1"),
+    "added to an input": (lambda m, x, bias: torch.softmax(x[..., :3] + bias, -1), "inputs_1"),
+    "not for softmax": (lambda m, x, bias: torch.tanh(x @ x.transpose(-1, -2) + bias), "inputs_1"),
+    "several large values": (lambda m, x, bias: torch.softmax(x @ m.weight + m.levels, -1) + bias.sum(), "add"),
+}
 
-    _, _, record = beyond(function, torch.randn(2, 3, 8), torch.full((3, 3), -1e9))
-    assert "inputs_1" in reasons_of(record)
+
+@pytest.mark.parametrize("case", NO_MASKS)
+def test_large_values_that_are_no_mask(case: str) -> None:
+    function, kept = NO_MASKS[case]
+    model = Function(function)
+    model.register_buffer("levels", torch.arange(8) * 1e5)
+    _, _, record = beyond(model, torch.randn(2, 3, 8), torch.full((3, 3), -1e9))
+    assert kept in reasons_of(record)
+
+
+@pytest.mark.parametrize("scale", [lambda s: s * 0.125, lambda s: s / 8, lambda s: s - s.amax(-1, keepdim=True)])
+def test_a_mask_that_is_scaled_or_selected_is_no_overflow(scale) -> None:  # type: ignore[no-untyped-def]
+    def masked(m: Function, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scores = (F.linear(x, m.weight) @ x.transpose(-1, -2)).masked_fill(mask, LOWEST)
+        return torch.softmax(scale(scores), -1) @ x
+
+    _, _, record = beyond(masked, torch.randn(2, 3, 8), torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]]).bool())
+    assert reasons_of(record) == {}
 
 
 def test_second_run_after_an_overflow_and_dynamic_sizes() -> None:
