@@ -13,9 +13,10 @@ place afterwards may reach some engines and not others: the next call warns, and
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,12 @@ class Variant:
     @property
     def signature(self) -> Signature:
         return self.program.signature
+
+    @functools.cached_property
+    def gives_one_tensor(self) -> bool:
+        """Whether the model returns the first result as it is."""
+        outputs, tree = self.signature.outputs, self.signature.out_spec
+        return outputs == (0,) and isinstance(tree, pytree.TreeSpec) and tree.is_leaf()
 
 
 @dataclass(frozen=True)
@@ -122,10 +129,16 @@ class CompiledModel:
         built = self._built
         if built is None:
             built = self._build(args, kwargs)
-        for tensor, seen in self._watched:
+        result = self._call(built, args, kwargs)
+        for tensor, seen in self._watched:  # now, while a GPU is at work: a model has hundreds
             if tensor._version != seen:
                 self._tell_changed()
                 break
+        return result
+
+    forward = __call__
+
+    def _call(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if built.call is not None:
             self._count("captured pieces")
             return built.call(*args, **kwargs)
@@ -142,8 +155,6 @@ class CompiledModel:
                 return self._run(built, route, tensors, args, kwargs)
             return self._fall_back(built, route, args, kwargs)
         return self._general_call(built, args, kwargs)
-
-    forward = __call__
 
     def _general_call(self, built: Built, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # nested inputs, constants, tensor subclasses, or arguments of another structure than was captured
@@ -182,7 +193,7 @@ class CompiledModel:
             warn(f"an engine failed, so this call runs on the original model: {reason}")
             return self._fall_back(built, reason, args, kwargs)
         self._count(variant.label, padded)
-        return _result(variant, results)
+        return results[0] if variant.gives_one_tensor else variant.signature.unflatten(results)
 
     def _tell_changed(self) -> None:
         with self._counting:
@@ -337,13 +348,6 @@ def _without(counted: dict[str, Counter[str]], before: dict[str, Counter[str]]) 
     """The counts beyond those of the build's own checks; without variants that counted nothing."""
     found = {label: dict(counts - before.get(label, Counter())) for label, counts in counted.items()}
     return {label: counts for label, counts in found.items() if counts}
-
-
-def _result(variant: Variant, results: Sequence[Any]) -> Any:
-    signature = variant.signature
-    if signature.outputs == (0,) and isinstance(signature.out_spec, pytree.TreeSpec) and signature.out_spec.is_leaf():
-        return results[0]
-    return signature.unflatten(results)
 
 
 def _quick_binder(

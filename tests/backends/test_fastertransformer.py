@@ -17,6 +17,7 @@ from accelkit import Dim, InputError
 from accelkit.backend_api import CompileContext, Engine
 from accelkit.backends.fastertransformer import FasterTransformer
 from accelkit.backends.fastertransformer.batches import Padding, examples_of, shapes_of
+from accelkit.backends.fastertransformer.engine import Way
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, Watch, why_not_recordable
 from accelkit.backends.fastertransformer.prepare import plain_linears, prepare
 from accelkit.backends.fastertransformer.recording import Recording
@@ -129,9 +130,8 @@ def test_calls_are_counted_by_recording() -> None:
     engine: Any = compiled(Layer(), torch.randn(2, 5, 64))
     assert engine.counters() == engine.calls() == {}, "nothing is recorded on a CPU"
     small, large = (((torch.Size((rows, 64)), torch.float32),) for rows in (2, 8))
-    engine._calls.update(
-        {("replayed", small): 3, ("replayed", large): 4, ("padded", large): 2, ("not recorded", None): 1}
-    )
+    ways = (Way("replayed", small), Way("replayed", large), Way("padded", large), Way("not recorded"))
+    engine._calls.update(dict(zip(ways, (3, 4, 2, 1), strict=True)))
     assert engine.calls() == {"replayed": 7, "padded": 2, "not recorded": 1}
     assert engine.counters() == {
         "replayed [2, 64]": 3, "replayed [8, 64]": 4, "padded to [8, 64]": 2, "not recorded": 1,

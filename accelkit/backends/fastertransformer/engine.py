@@ -12,7 +12,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,6 +27,7 @@ from accelkit.backends.fastertransformer.choice import choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
 from accelkit.backends.fastertransformer.prepare import constants_of, prepare
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
+from accelkit.backends.fastertransformer.turns import Run, Turns, cuda_of
 from accelkit.batch import Shapes, batch_of
 from accelkit.errors import InputError
 from accelkit.ops import operator_of
@@ -35,8 +37,26 @@ if TYPE_CHECKING:
     from accelkit.backends.fastertransformer import FasterTransformer
 
 
-How = tuple[str, Shapes | None]
-"""How a call ran ("replayed", "padded", "not recorded"), and the shapes of the recording that ran."""
+@dataclass(frozen=True, eq=False)  # so that counting one takes no time
+class Way:
+    """How a call ran (`replayed`, `padded`, `not recorded`), and the shapes of the recording that ran."""
+
+    how: str
+    shapes: Shapes | None = None
+
+    def __str__(self) -> str:
+        words = {"replayed": "replayed ", "padded": "padded to "}
+        return self.how if self.shapes is None else words[self.how] + _shown(self.shapes)
+
+
+class Replay(NamedTuple):
+    """What calls of one recording do, and what they count as."""
+
+    run: Run
+    way: Way
+
+
+_NOT_RECORDED = Way("not recorded")
 
 _LAUNCHES_MS = 0.3
 """A replay faster than this cannot lose: launching a layer's kernels one by one takes about as long."""
@@ -69,10 +89,11 @@ class FasterTransformerEngine(Engine):
         self._padding: Padding | None = None
         self._refusals: list[str] = []
         self._memory_bytes = 0
-        self._lock = threading.Lock()  # of the static memory, and of the counts
-        self._calls: Counter[How] = Counter()
-        self._stream: Any = None  # the latest replay's, which `_done` follows
-        self._done: Any = None
+        self._replays: dict[Any, Replay] = {}  # by shapes, dtypes and devices
+        self._turns: Turns | None = None
+        self._padded: dict[Shapes, Way] = {}
+        self._counting = threading.Lock()
+        self._calls: Counter[Way] = Counter()
         if backend.cuda_graph and self._device.type == "cuda":
             context.progress("recording CUDA graphs")
             self._record([i.detach() for i in inputs])
@@ -83,6 +104,13 @@ class FasterTransformerEngine(Engine):
         Raises:
             InputError: an input is on another device than the engine.
         """
+        replay = self._replays.get(tuple([(i.shape, i.dtype, i.device) for i in inputs]))
+        if replay is None or torch.cuda.is_current_stream_capturing():
+            return self._call(inputs)
+        return self._replay(replay, inputs)
+
+    def _call(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What is not as recorded."""
         for position, (tensor, device) in enumerate(zip(inputs, self._devices, strict=True)):
             if tensor.device != device:
                 raise InputError(
@@ -91,35 +119,32 @@ class FasterTransformerEngine(Engine):
                 )
         if not self._recordings or torch.cuda.is_current_stream_capturing():
             return self._run(inputs)
-        shapes = shapes_of(inputs)
-        recording = self._recordings.get(shapes)
-        if recording is not None:
-            return self._replay(recording.run, inputs, ("replayed", shapes))
         if self._padding is not None and (recording := self._padding.recording_for(inputs)) is not None:
             batch, rows = self._padding.batch, self._padding.batch.rows(inputs)
-            run_padded = recording.run_padded
-            how = ("padded", shapes_of(recording.inputs))
-            return self._replay(lambda i: run_padded(i, batch.batched, rows), inputs, how)
-        with self._lock:
-            self._calls["not recorded", None] += 1
+            shapes, run_padded = shapes_of(recording.inputs), recording.run_padded
+            way = self._padded.setdefault(shapes, Way("padded", shapes))
+            return self._replay(Replay(lambda i: run_padded(i, batch.batched, rows), way), inputs)
+        self._count(_NOT_RECORDED)
         return self._run(inputs)
 
     def calls(self) -> dict[str, int]:
         """Calls so far where there are recordings: `replayed`, `padded` to a larger recording, `not recorded`."""
-        with self._lock:
-            counted: Counter[str] = Counter()
-            for (how, _), count in self._calls.items():
-                counted[how] += count
-            return dict(counted)
+        return self._counted(lambda way: way.how)
 
     def counters(self) -> dict[str, int]:
         """The same by the recording that ran: `replayed [8, 128, 768]`, `padded to [8, 128, 768]`, `not recorded`."""
-        with self._lock:
-            words = {"replayed": "replayed ", "padded": "padded to "}
-            return {
-                words[how] + _shown(shapes) if shapes is not None else how: n
-                for (how, shapes), n in self._calls.items()
-            }
+        return self._counted(str)
+
+    def _counted(self, words: Callable[[Way], str]) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        with self._counting:
+            for way, count in self._calls.items():
+                found[words(way)] += count
+        return dict(found)
+
+    def _count(self, way: Way) -> None:
+        with self._counting:
+            self._calls[way] += 1
 
     def describe(self) -> EngineFacts:
         notes = [*facts.operator_notes(self._graph, self._device)]
@@ -154,18 +179,10 @@ class FasterTransformerEngine(Engine):
             results = self._forward(*self._laid_out(inputs))
             return own_memory(results, self._copied) if self._copied else results
 
-    def _replay(
-        self, run: Callable[[Sequence[Tensor]], Sequence[Tensor]], inputs: Sequence[Tensor], how: How
-    ) -> Sequence[Tensor]:
-        with self._lock, torch.no_grad():
-            stream = torch.cuda.current_stream(self._device)
-            if stream != self._stream:
-                if self._stream is not None:
-                    stream.wait_event(self._done)  # the static memory may still be in use there
-                self._stream = stream
-            results = run(inputs)
-            self._done.record(stream)
-            self._calls[how] += 1
+    def _replay(self, replay: Replay, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        assert self._turns is not None, "what was recorded has its turns"
+        results = self._turns.take(replay.run, inputs)
+        self._count(replay.way)
         return results
 
     def _arithmetic(self) -> AbstractContextManager[None]:
@@ -211,7 +228,7 @@ class FasterTransformerEngine(Engine):
         examples, refusals = examples_of(self._backend.capture_sizes, batch, self._laid_out(inputs))
         self._refusals += refusals
         recorder = Recorder(self._device)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._turns = Turns(cuda_of(self._device))
         recorded = []
         for one in examples:  # from the largest on: the smaller ones fit into the memory that it leaves
             try:
@@ -225,6 +242,10 @@ class FasterTransformerEngine(Engine):
             else:
                 recorded.append(one)
         recorded = [one for one in recorded if self._pays(one)]
+        for one in recorded:
+            shapes = shapes_of(one)
+            key = tuple((shape, dtype, device) for (shape, dtype), device in zip(shapes, self._devices, strict=True))
+            self._replays[key] = Replay(self._recordings[shapes].run, Way("replayed", shapes))
         self._memory_bytes = recorder.memory_bytes() if recorded else 0
         if self._backend.pad_batch and recorded and not isinstance(batch, str):
             self._allow_padding(batch, recorded)
@@ -232,9 +253,7 @@ class FasterTransformerEngine(Engine):
     def _pays(self, example: Sequence[Tensor]) -> bool:
         """Whether replaying is faster than running without; a large batch copies more than its launches cost."""
         recording = self._recordings[shapes_of(example)]
-        replay = functools.partial(self._replay, recording.run, example, ("replayed", None))
-        replay_ms = call_ms(replay, self._device)
-        self._calls.clear()
+        replay_ms = self._replay_ms(recording, example)
         if replay_ms < _LAUNCHES_MS:
             return True
         try:
@@ -257,16 +276,18 @@ class FasterTransformerEngine(Engine):
             return
         times = {}
         for one in recorded:
-            replay = functools.partial(self._replay, self._recordings[shapes_of(one)].run, one, ("replayed", None))
             try:
                 times[batch.rows(one)] = (
-                    call_ms(replay, self._device),
+                    self._replay_ms(self._recordings[shapes_of(one)], one),
                     call_ms(functools.partial(self._run, one), self._device),
                 )
             except torch.OutOfMemoryError as error:  # activations beside the recordings' own
                 self._refusals.append(f"batches are not padded to {_shown(shapes_of(one))}, out of memory: {error}")
         self._padding = Padding(batch, self._recordings, times)
-        self._calls.clear()
+
+    def _replay_ms(self, recording: Recording, example: Sequence[Tensor]) -> float:
+        assert self._turns is not None
+        return call_ms(functools.partial(self._turns.take, recording.run, example), self._device)
 
 
 def _own_bytes(graph: fx.GraphModule, given: fx.GraphModule) -> int:
