@@ -13,6 +13,9 @@ What goes wrong on request, by `faults` (a dict; in a process of its own, as JSO
     stdout: text that the library prints                  plan_bytes: so much is added to the plan
     file_limit: bytes that this process may write to a file
     stays_fp32: the engine's layers run in fp32 whatever the flags (8.6)
+    tells: the plan tells which process built it, and what its timing cache held before
+    start_seconds: how long a Builder takes to load
+    cache_refused: timing caches are not loaded from bytes, not even from those that it wrote
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ LISTINGS = Path(__file__).resolve().parent.parent / "data" / "tensorrt_api"
 VERSIONS = ("8.6", "10.16", "11.4")
 FAULTS = frozenset(
     ("refuse", "no_device", "build_fails", "build_seconds", "build_exit", "profile_refused", "stdout", "plan_bytes")
-) | {"file_limit", "stays_fp32"}
+) | {"file_limit", "stays_fp32", "tells", "start_seconds", "cache_refused"}
 
 
 def load(version: str = "8.6", **faults: Any) -> ModuleType:
@@ -165,7 +168,7 @@ fake_tensorrt.populate(sys.modules[__name__], faults.pop("version"), faults)
 """
 
 
-def install(folder: Path, monkeypatch: Any, version: str, **faults: Any) -> None:
+def install(folder: Path, monkeypatch: Any, version: str = "8.6", **faults: Any) -> None:
     """Let child processes find this version as `tensorrt`, in `folder`."""
     folder.mkdir(exist_ok=True)
     (folder / "tensorrt.py").write_text(SHIM)

@@ -15,6 +15,7 @@ class _Builder:
     def __init__(self, logger: Any) -> None:
         need_device(self._trt, logger)
         self._logger = logger
+        time.sleep(self._trt._faults.get("start_seconds", 0))
 
     def create_network(self, flags: int = 0) -> Any:
         network = new(self._trt.INetworkDefinition, _flags=flags, _logger=self._logger)
@@ -25,7 +26,8 @@ class _Builder:
         return network
 
     def create_builder_config(self) -> Any:
-        return new(self._trt.IBuilderConfig, _flags=1 << int(self._trt.BuilderFlag.TF32), _profiles=[], _cache=None)
+        flags = 1 << int(self._trt.BuilderFlag.TF32)
+        return new(self._trt.IBuilderConfig, _flags=flags, _profiles=[], _cache=None, _logger=self._logger)
 
     def create_optimization_profile(self) -> Any:
         return new(self._trt.IOptimizationProfile, _shapes={})
@@ -60,6 +62,9 @@ class _Builder:
         if (words := faults.get("build_fails")) is not None:
             self._logger.log(trt.ILogger.Severity.ERROR, words)
             return None
+        told = {}
+        if faults.get("tells"):
+            told = {"pid": os.getpid(), "timed": sorted(config._cache._entries) if config._cache is not None else []}
         if config._cache is not None:
             config._cache._entries |= {node.op_type for node in network._model.graph.node}
         facts = {
@@ -75,7 +80,7 @@ class _Builder:
             else "LAYER_NAMES_ONLY",
             "tactic_sources": config._sources,
             "workspace": config._workspace,
-        }
+        } | told
         plan = MAGIC + json.dumps(facts).encode() + b"\n" + network._model.SerializeToString()
         return _HostMemory(plan + PADDING * (faults.get("plan_bytes", 0) // len(PADDING)))
 
@@ -121,6 +126,11 @@ class _Config:
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
         data = bytes(serialized_timing_cache)
+        if data and self._trt._faults.get("cache_refused"):
+            error = self._trt.ILogger.Severity.ERROR
+            self._logger.log(error, "1: [myelinCache.h::deserializeFromBuffer::52] Error Code 1: Myelin")
+            self._logger.log(error, "4: The timing cache will not be used!")
+            data = b""
         version, _, entries = data.decode().partition(":")
         return new(self._trt.ITimingCache, _version=version or self._trt.__version__, _entries=set(entries.split()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelkit import Dim
 from accelkit.backend_api import CompileContext
 from accelkit.backends.tensorrt import TensorRT, backend, library, obstacles
 from accelkit.backends.tensorrt import engine as engines
+from accelkit.backends.tensorrt.building import stop_workers
 from accelkit.backends.tensorrt.manifest import MANIFEST, PLAN
 from accelkit.capture import capture
 from accelkit.errors import LoweringError
@@ -51,8 +53,9 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tmp_path, monkeypatch)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    yield Machine(tmp_path, monkeypatch)
+    stop_workers()
 
 
 class Model(nn.Module):

@@ -1,14 +1,10 @@
-"""Building in a process of its own: the worker's path under every version, what can go wrong, and that nothing is left."""
+"""One build: the worker's path under every version, what can go wrong, the timing cache, plugins; no file is left."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import subprocess
+import functools
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +12,15 @@ from types import ModuleType
 from typing import Any
 
 import fake_tensorrt
-import numpy as np
 import pytest
+import tensorrt_jobs
+from tensorrt_jobs import compiled, facts_of
 
-from accelkit.backends.tensorrt import building, timing_cache, worker
+from accelkit.backends.tensorrt import building, timing_cache, worker_build, worker_process, worker_timings
 from accelkit.backends.tensorrt.building import build_plan, start_failure, timing_cache_path
 from accelkit.backends.tensorrt.job import BuildJob, BuildResult, Failure, NodeFailure
+from accelkit.backends.tensorrt.worker_library import Library
+from accelkit.backends.tensorrt.worker_timings import Timings
 from accelkit.errors import LoweringError
 
 onnx = pytest.importorskip("onnx")
@@ -31,60 +30,37 @@ Install = Callable[..., None]
 
 @pytest.fixture
 def job(tmp_path: Path) -> BuildJob:
-    """A small network in a file with its weights beside it: x [batch, 4] -> relu(x w) [batch, 5]."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    weights = numpy_helper.from_array(np.random.default_rng().standard_normal((4, 5), dtype=np.float32), "w")
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["m"], name="node_matmul"),
-        helper.make_node("Relu", ["m"], ["y"], name="node_relu"),
-    ]
-    x, y = (
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size]) for name, size in (("x", 4), ("y", 5))
-    )
-    model = helper.make_model(
-        helper.make_graph(nodes, "g", [x], [y], [weights]), opset_imports=[helper.make_opsetid("", 17)]
-    )
-    path = tmp_path / "model" / "model.onnx"
-    path.parent.mkdir()
-    onnx.save(model, path, save_as_external_data=True, location="model.data", size_threshold=0)
-    return BuildJob(str(path), profile={"x": ((1, 4), (2, 4), (8, 4))})
+    return tensorrt_jobs.small_job(tmp_path / "model")
 
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
     """install("8.6", refuse=["Relu"]): what child processes import as tensorrt."""
-
-    def installed(version: str = "8.6", **faults: Any) -> None:
-        fake_tensorrt.install(tmp_path / "site", monkeypatch, version, **faults)
-
-    return installed
+    return functools.partial(fake_tensorrt.install, tmp_path / "site", monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left(job: BuildJob, tmp_path: Path) -> Iterator[None]:
-    """After each test: no temporary file anywhere, and no process of ours."""
     yield
-    assert sorted(path.name for path in Path(job.onnx).parent.iterdir()) == ["model.data", "model.onnx"]
-    assert not [path for path in tmp_path.rglob("*") if path.suffix == ".tmp"]
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    tensorrt_jobs.nothing_is_left(job, tmp_path)
 
 
-def facts_of(plan: bytes) -> dict[str, Any]:
-    """What the stand-in's plan tells of the build."""
-    assert plan.startswith(b"fake plan ")
-    facts: dict[str, Any] = json.loads(plan[10:].partition(b"\n")[0])
-    return facts
+class Process:
+    """What a build process does, in this one: for what needs no process."""
 
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, version: str = "8.6", **faults: Any) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.load(version, **faults))
+        self.plan = folder / "engine.plan"
+        self.said: list[dict[str, Any]] = []
+        self.library, self.timings = Library(), dict[str, Timings]()
+        self.library.start()
 
-def in_this_process(job: BuildJob, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **faults: Any) -> Any:
-    """The worker's `run`, for what needs no process: its result, the plan's facts, and what it said."""
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.load(version, **faults))
-    said: list[dict[str, Any]] = []
-    plan = tmp_path / "engine.plan"
-    result = worker.run(replace(job, plan=str(plan)), said.append)
-    return result, facts_of(plan.read_bytes()) if plan.exists() else {}, said
+    def run(self, job: BuildJob) -> BuildResult:
+        return worker_build.run(replace(job, plan=str(self.plan)), self.library, self.timings, self.said.append)
+
+    def facts(self) -> dict[str, Any]:
+        """What the plan tells; nothing where there is none."""
+        return facts_of(self.plan.read_bytes()) if self.plan.exists() else {}
 
 
 # --- the path
@@ -123,8 +99,10 @@ def test_every_option(job: BuildJob, version: str, tmp_path: Path, monkeypatch: 
         sparse_weights=True,
         max_aux_streams=0,
     )
-    result, facts, said = in_this_process(job, version, tmp_path, monkeypatch)
+    process = Process(tmp_path, monkeypatch, version)
+    result = process.run(job)
     assert result.failure is None
+    facts = process.facts()
     flags = {"REFIT", "SPARSE_WEIGHTS", "VERSION_COMPATIBLE"}
     old = version == "8.6"
     assert set(facts["flags"]) == flags | ({"FP16", "OBEY_PRECISION_CONSTRAINTS"} if old else set())
@@ -133,13 +111,8 @@ def test_every_option(job: BuildJob, version: str, tmp_path: Path, monkeypatch: 
     assert result.notes == notes
     assert facts["workspace"] == 2**30
     assert facts["tactic_sources"] == 1 << {"8.6": 4, "10.16": 4, "11.4": 1}[version]
-    assert [message["stage"] for message in said if "stage" in message] == [
-        "starting",
-        "parsing",
-        "building",
-        "writing",
-    ]
-    assert any("of" in message for message in said) == (not old)
+    assert [message["stage"] for message in process.said if "stage" in message] == ["parsing", "building", "writing"]
+    assert any("of" in message for message in process.said) == (not old)
     assert result.timing_cache_bytes is not None
     assert result.timing_cache_bytes[0] == 0
 
@@ -163,33 +136,12 @@ def test_parsing_alone_makes_no_plan(job: BuildJob, install: Install) -> None:
 def test_progress_has_a_share_where_the_version_tells(
     job: BuildJob, install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "SAY_EVERY_S", 0.05)
+    monkeypatch.setattr(worker_process, "SAY_EVERY_S", 0.05)
     for version, pattern in (("8.6", "TensorRT building, "), ("11.4", "TensorRT building 50 %, ")):
         install(version, build_seconds=0.4)
         words: list[str] = []
         build_plan(job, say=words.append)
         assert any(line.startswith(pattern) for line in words), words
-
-
-def test_the_worker_sees_one_gpu_and_our_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/first")
-    monkeypatch.setattr(sys, "path", ["", "/second"])
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert building._environment(1)["CUDA_VISIBLE_DEVICES"] == "1"
-    assert building._environment(0)["PYTHONPATH"] == os.pathsep.join(["/first", "/second"])
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    assert building._environment(1)["CUDA_VISIBLE_DEVICES"] == "GPU-b"
-
-
-def test_the_worker_imports_neither_torch_nor_accelkit(job: BuildJob, install: Install, tmp_path: Path) -> None:
-    install()
-    (tmp_path / "job.json").write_text(replace(job, plan=str(tmp_path / "engine.plan")).to_json())
-    command = [sys.executable, "-X", "importtime", str(building.WORKER), str(tmp_path / "job.json")]
-    run = subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=60)
-    # closing standard input ends a worker; subprocess.run closes it at once, and so the build may have been cut short
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in run.stderr.splitlines()}
-    assert {"job", "versions"} <= imported
-    assert not imported & {"torch", "accelkit", "filelock"}
 
 
 # --- what goes wrong
@@ -232,7 +184,7 @@ def test_failures_say_what_and_what_to_do(
     message: str,
 ) -> None:
     job = replace(job, **changes)
-    result, _, _ = in_this_process(job, "8.6", tmp_path, monkeypatch, **faults)
+    result = Process(tmp_path, monkeypatch, **faults).run(job)
     assert result.failure is not None
     error = building._error(job, result, result.failure)
     with pytest.raises(LoweringError, match=message):
@@ -263,36 +215,15 @@ def test_a_package_that_does_not_load(job: BuildJob, tmp_path: Path, monkeypatch
         build_plan(job)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("SIGSEGV", r"TensorRT crashed while building \(SIGSEGV\); this process is unharmed.*last it said: a warning"),
-        ("SIGKILL", "machine running out of memory"),
-    ],
-)
-def test_a_crash_leaves_this_process_unharmed(job: BuildJob, install: Install, name: str, message: str) -> None:
-    install(build_exit=name)
-    with pytest.raises(LoweringError, match=message):
-        build_plan(job)
-
-
 def test_an_error_in_the_worker_is_no_silence(job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
-    result = worker.run(replace(job, plan=str(tmp_path / "plan")), lambda message: None)
+    library = Library()
+    library.start()
+    result = worker_build.run(job, library, {}, lambda message: None)
     assert result.failure is not None
     assert result.failure.kind == "worker"
     assert "AttributeError" in result.failure.message
-    assert "worker.py" in result.failure.message
-
-
-def test_a_worker_that_cannot_start_tells_its_last_words(
-    job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text("raise SystemExit('no such luck')")
-    monkeypatch.setattr(building, "WORKER", script)
-    with pytest.raises(LoweringError, match=r"status 1 and without a result; the last it said: no such luck"):
-        build_plan(job)
+    assert "worker_library.py" in result.failure.message
 
 
 def test_a_full_disk(job: BuildJob, install: Install, tmp_path: Path) -> None:
@@ -303,72 +234,6 @@ def test_a_full_disk(job: BuildJob, install: Install, tmp_path: Path) -> None:
     assert not cache.exists()
 
 
-def test_a_time_limit(job: BuildJob, install: Install) -> None:
-    install(build_seconds=60)
-    started = time.monotonic()
-    with pytest.raises(LoweringError, match=r"still building after the 1\.5 s .* raise time_limit_s"):
-        build_plan(job, time_limit_s=1.5)
-    assert time.monotonic() - started < 10
-
-
-def test_ctrl_c_ends_the_worker_and_is_passed_on(job: BuildJob, install: Install) -> None:
-    install(build_seconds=60)
-
-    def interrupt(words: str) -> None:
-        if "building" in words:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_plan(job, say=interrupt)
-
-
-def test_the_terminals_ctrl_c_does_not_reach_the_worker(job: BuildJob, install: Install) -> None:
-    """It goes to the terminal's process group: the worker is in a session of its own, and ends when the parent says so."""
-    install(build_seconds=60)
-    sessions: list[int] = []
-
-    def look(words: str) -> None:
-        if "building" in words:
-            sessions.extend(os.getsid(pid) for pid in children())
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_plan(job, say=look)
-    assert len(sessions) == 1
-    assert os.getsid(0) not in sessions
-
-
-def test_the_worker_ends_with_its_parent(job: BuildJob, install: Install, tmp_path: Path) -> None:
-    install(build_seconds=60)
-    (tmp_path / "job.json").write_text(replace(job, plan=str(tmp_path / "engine.plan")).to_json())
-    process = subprocess.Popen(
-        [sys.executable, str(building.WORKER), str(tmp_path / "job.json")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    while b"building" not in process.stdout.readline():
-        pass
-    process.stdin.close()  # as the operating system does it when the parent is gone
-    assert process.wait(10) == 1
-    process.stdout.close()
-
-
-def test_builds_from_several_threads(job: BuildJob, install: Install, tmp_path: Path) -> None:
-    install(build_seconds=0.2)
-    shared = replace(job, timing_cache=str(tmp_path / "timing" / "cache"))
-    plans: list[bytes] = []
-    threads = [threading.Thread(target=lambda: plans.append(build_plan(shared)[0])) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(plans) == 2
-    assert plans[0] == plans[1]
-    assert timing_cache.read(str(shared.timing_cache)) == (b"8.6.0:MatMul Relu", "")
-
-
 # --- the timing cache
 
 
@@ -376,8 +241,8 @@ def test_the_second_build_starts_from_the_first_ones_timings(
     job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = replace(job, timing_cache=str(tmp_path / "timing" / "cache"))
-    first, _, _ = in_this_process(job, "8.6", tmp_path, monkeypatch)
-    second, _, _ = in_this_process(job, "8.6", tmp_path, monkeypatch)
+    first = Process(tmp_path, monkeypatch).run(job)
+    second = Process(tmp_path, monkeypatch).run(job)
     size = len(b"8.6.0:MatMul Relu")
     assert first.timing_cache_bytes == (0, size)
     assert second.timing_cache_bytes == (size, size)
@@ -388,13 +253,14 @@ def test_what_others_measured_meanwhile_stays(job: BuildJob, tmp_path: Path, mon
     timing_cache.write(str(path), b"8.6.0:Conv")
     job = replace(job, timing_cache=str(path))
 
-    def say(message: dict[str, Any]) -> None:
-        if message.get("stage") == "writing":  # another process, while this one was building
-            timing_cache.write(str(path), b"8.6.0:Conv Gemm")
+    class Said(list[Any]):
+        def append(self, message: dict[str, Any]) -> None:
+            if message.get("stage") == "writing":  # another process, while this one was building
+                timing_cache.write(str(path), b"8.6.0:Conv Gemm")
 
-    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt.load("8.6"))
-    result = worker.run(replace(job, plan=str(tmp_path / "plan")), say)
-    assert result.failure is None
+    process = Process(tmp_path, monkeypatch)
+    process.said = Said()
+    assert process.run(job).failure is None
     assert timing_cache.read(str(path)) == (b"8.6.0:Conv Gemm MatMul Relu", "")
 
 
@@ -407,8 +273,8 @@ def test_a_damaged_or_foreign_timing_cache_is_replaced_with_a_note(
     whole = path.read_bytes()
     ends = {"cut": whole[:-1], "flipped": whole[:-1] + b"w", "garbage": b"\x93NUMPY", "empty": b""}
     path.write_bytes(ends.get(damage, whole))
-    result, _, _ = in_this_process(replace(job, timing_cache=str(path)), "8.6", tmp_path, monkeypatch)
-    expected = "is of another TensorRT or GPU" if damage == "older TensorRT" else "was damaged and is replaced"
+    result = Process(tmp_path, monkeypatch).run(replace(job, timing_cache=str(path)))
+    expected = "it is of another TensorRT or GPU" if damage == "older TensorRT" else "was damaged and is replaced"
     assert any(expected in note for note in result.notes), result.notes
     assert timing_cache.read(str(path)) == (b"8.6.0:MatMul Relu", "")
 
@@ -417,48 +283,72 @@ def test_a_damaged_or_foreign_timing_cache_is_replaced_with_a_note(
 def test_a_timing_cache_that_cannot_be_kept_is_a_note(
     job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    path = tmp_path / "cache"
+    path, process = tmp_path / "cache", Process(tmp_path, monkeypatch)
     held: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if why == "a folder in its place":
         path.mkdir()
     elif why == "locked by another":
-        monkeypatch.setattr(timing_cache, "LOCK_TIMEOUT_S", 0.05)
-        held = timing_cache.locked(str(path))
+        monkeypatch.setattr(worker_timings, "LOCK_TIMEOUT_S", 0.05)
+        held = timing_cache.locked(str(path), 1.0)
     else:
         (tmp_path / "file").write_text("")
         path = tmp_path / "file" / "cache"
     with held:
-        result, facts, _ = in_this_process(replace(job, timing_cache=str(path)), "8.6", tmp_path, monkeypatch)
+        result = process.run(replace(job, timing_cache=str(path)))
     assert result.failure is None
-    assert facts
+    assert process.facts()
     assert any(f"the timing cache {path}" in note for note in result.notes), result.notes
 
 
-def test_a_timing_cache_that_was_being_written_leaves_nothing(job: BuildJob, install: Install, tmp_path: Path) -> None:
-    """Of a worker that is killed between writing and renaming, the parent removes what it wrote."""
-    install(build_seconds=60)
-    cache = tmp_path / "timing" / "cache"
-    cache.parent.mkdir()
+def test_the_timing_cache_stays_in_memory(job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nothing can be written; but not when its file is removed, and not from one file to another."""
+    path = tmp_path / "timing" / "cache"
+    job = replace(job, timing_cache=str(path))
+    process = Process(tmp_path, monkeypatch, tells=True)
 
-    def half_written(words: str) -> None:
-        if "building" in words:
-            (pid,) = children()
-            timing_cache.temporary_path(str(cache), pid).write_bytes(b"half")
-            raise KeyboardInterrupt
+    def timed(job: BuildJob) -> list[str]:
+        assert process.run(job).failure is None
+        found: list[str] = process.facts()["timed"]
+        return found
 
-    with pytest.raises(KeyboardInterrupt):
-        build_plan(replace(job, timing_cache=str(cache)), say=half_written)
-    assert list(cache.parent.iterdir()) == []
+    assert timed(job) == []
+    assert timed(job) == ["MatMul", "Relu"]
+    assert timed(replace(job, timing_cache=None)) == []
+    assert timed(replace(job, timing_cache=str(path.with_name("other")))) == []
+    path.unlink()
+    assert timed(job) == []
+    timing_cache.write(str(path), b"8.6.0:Conv")
+    assert timed(job) == ["Conv", "MatMul", "Relu"]
+    assert timing_cache.read(str(path)) == (b"8.6.0:Conv MatMul Relu", "")
+    nowhere = replace(job, timing_cache=str(path / "below a file"))
+    assert timed(nowhere) == []
+    assert timed(nowhere) == ["MatMul", "Relu"]
 
 
-def children() -> list[int]:
-    """Processes that this one has started."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry.name))
-    return found
+@pytest.mark.parametrize("was_there", [False, True])
+def test_a_timing_cache_that_the_library_does_not_load(
+    job: BuildJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, was_there: bool
+) -> None:
+    """As 8.6 on Hopper: it stays in memory, is told once, is no warning of the build, and is not on disk."""
+    path = tmp_path / "cache"
+    if was_there:
+        timing_cache.write(str(path), b"8.6.0:Conv")
+    job = replace(job, timing_cache=str(path), tactic_sources=())
+    process = Process(tmp_path, monkeypatch, tells=True, cache_refused=True)
+    result = process.run(job)
+    assert result.failure is None
+    assert result.warnings == ("a warning of two lines",)
+    assert result.timing_cache_bytes == (0, len(b"8.6.0:MatMul Relu"))
+    notes = list(result.notes)
+    if was_there:
+        assert "TensorRT does not load the timing cache" in notes[0]
+        assert "The timing cache will not be used!" in notes.pop(0)
+    assert len(notes) == 1
+    assert "stays in the build process" in notes[0]
+    assert "Myelin" in notes[0]
+    assert not path.exists()
+    assert process.run(job).notes == ()
+    assert process.facts()["timed"] == ["MatMul", "Relu"]
 
 
 def test_one_timing_cache_a_version_gpu_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,12 +389,3 @@ def test_plugin_libraries_that_are_none(tmp_path: Path, monkeypatch: pytest.Monk
     why = plugin_libraries.load_plugins(trt, trt.Logger(), [compiled(tmp_path, "without_plugins.so")])
     assert why is not None
     assert "holds no plugins for this TensorRT" in why
-
-
-def compiled(folder: Path, name: str) -> str:
-    """A shared library that registers nothing by itself: one of Python's own extension modules, under another name."""
-    import _ctypes_test
-
-    path = folder / name
-    path.write_bytes(Path(_ctypes_test.__file__).read_bytes())
-    return str(path)

@@ -1,39 +1,26 @@
-"""The parent's side of a build: run the worker, tell how far it is, and say what went wrong.
+"""Building an engine: the job goes to the GPU's build process, and what went wrong comes back in words.
 
-    BuildJob --worker.py in a process of its own--> plan (bytes), BuildResult
+    BuildJob --workers.py, worker.py in a process of its own--> plan (bytes), BuildResult
 
 A build takes seconds to minutes, holds the library's locks, and in TensorRT 8.6 cannot be interrupted. In a process of its
 own Ctrl-C, the time limit, the out-of-memory killer and a crash of the library leave the caller's process as it was, and
-nothing half-written. The worker imports TensorRT only, so that it starts in a fraction of a second; it is in a session of its
-own, so that the terminal's Ctrl-C reaches the parent alone, which then ends it; and it ends by itself when the parent is gone.
+nothing half-written. That process stays for a while, because the next build in it is several times as quick.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import json
 import os
-import queue
-import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
+from accelkit.backends.tensorrt import workers
 from accelkit.backends.tensorrt.job import BuildJob, BuildResult, Failure, NodeFailure
-from accelkit.backends.tensorrt.timing_cache import temporary_path
 from accelkit.errors import LoweringError
-
-SAY_EVERY_S = 1.0
-GRACE_S = 2.0  # between asking the worker to end and killing it
-WORKER = Path(__file__).with_name("worker.py")
-STDERR_LINES = 40  # what is kept of what the library and Python print: enough for a traceback
 
 
 def build_plan(
@@ -44,7 +31,8 @@ def build_plan(
     Args:
         job: `job.plan` is filled in here; temporary files lie in a folder beside `job.onnx` and are gone afterwards.
         say: called about every second with what is being done, such as `TensorRT building, 23 s`.
-        time_limit_s: the build is stopped after so many seconds; None for no limit.
+        time_limit_s: the build is stopped after so many seconds, not counting those that it waits for other builds on this GPU;
+            None for no limit.
 
     Returns:
         The plan (empty for `start_only` and `parse_only`), and what the worker found.
@@ -52,25 +40,41 @@ def build_plan(
     Raises:
         LoweringError: there is no plan; the message says why. Where the parser refuses nodes, `nodes` maps their ONNX names to
             what it says of them.
-        KeyboardInterrupt: passed on, after the worker has been ended.
+        KeyboardInterrupt: passed on, after the build process has been ended.
     """
     started = time.monotonic()
     if not sys.executable:
         raise LoweringError("TensorRT builds run in a process of their own, and this Python has no executable to start")
+    job = _absolute(job)
+    if job.gpu_lock is None and not (job.start_only or job.parse_only):
+        job = dataclasses.replace(job, gpu_lock=gpu_lock_path(job.device))
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=Path(job.onnx).parent) as folder:
             job = dataclasses.replace(job, plan=str(Path(folder, "engine.plan")))
-            with _running(job, Path(folder)) as worker:
-                worker.follow(say, time_limit_s)
-            result = worker.result()
+            path = Path(folder, "job.json")
+            path.write_text(job.to_json())
+            result = workers.run(job, path, say, time_limit_s)
             result.seconds["total"] = time.monotonic() - started
             if result.failure is not None:
                 raise _error(job, result, result.failure)
             return (b"" if job.parse_only or job.start_only else Path(job.plan).read_bytes()), result
     except OSError as error:
         raise LoweringError(
-            f"TensorRT's build of {job.onnx} failed in its files: {error}; it needs room for the engine beside the ONNX file"
+            f"TensorRT's build of {job.onnx} failed in its files or in starting its process: {error}; it needs room for the engine "
+            "beside the ONNX file"
         ) from error
+
+
+def warm(device: int = 0) -> None:
+    """Start the GPU's build process if there is none, and return at once: it loads the library while the caller goes on."""
+    if sys.executable:
+        with contextlib.suppress(OSError):  # the build tries again, and says why
+            workers.warm(device)
+
+
+def stop_workers() -> None:
+    """End the build processes, which free their GPU memory: those that wait for a job now, others after their build."""
+    workers.stop()
 
 
 def start_failure(device: int = 0) -> str | None:
@@ -102,135 +106,27 @@ def timing_cache_path(version: str, device: int) -> Path | None:
     return folder / "timing" / f"{name}.cache"
 
 
-# --- the process
+def gpu_lock_path(device: int) -> str | None:
+    """The file that builds of all processes of this user lock in turn; None without a GPU or a folder for it."""
+    import torch
+
+    from accelkit.cache import EngineCache
+
+    folder = EngineCache(max_bytes=0).folder
+    if folder is None or not torch.cuda.is_available():
+        return None
+    return str(folder / "timing" / f"gpu-{torch.cuda.get_device_properties(device).uuid}")
 
 
-class _Worker:
-    """A worker that has been started."""
-
-    def __init__(self, process: subprocess.Popen[bytes], job: BuildJob) -> None:
-        self.process, self.job = process, job
-        self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._said: collections.deque[str] = collections.deque(maxlen=STDERR_LINES)
-        self._threads = [
-            threading.Thread(target=self._read_messages, args=(process.stdout,), daemon=True),
-            threading.Thread(target=self._read_errors, args=(process.stderr,), daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
-
-    def follow(self, say: Callable[[str], None], time_limit_s: float | None) -> None:
-        """Until it ends, or has taken longer than it may."""
-        started = time.monotonic()
-        stage, share, next_words = "starting", "", started
-        while True:
-            now = time.monotonic()
-            left = float("inf") if time_limit_s is None else started + time_limit_s - now
-            if left <= 0:
-                raise LoweringError(
-                    f"TensorRT was still {stage} after the {time_limit_s:g} s that the build may take, and was stopped: raise "
-                    "time_limit_s, lower optimization_level, or keep a timing cache, which makes the next build shorter"
-                )
-            if now >= next_words:
-                say(f"TensorRT {stage}{share}, {now - started:.0f} s")
-                next_words = now + SAY_EVERY_S
-            try:
-                message = self._messages.get(timeout=max(0.0, min(left, next_words - now)))
-            except queue.Empty:
-                continue
-            if message is None:
-                break
-            if "stage" in message:
-                stage, share, next_words = message["stage"], "", 0.0
-            elif message.get("of"):
-                share = f" {100 * message['done'] // message['of']} %"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE_S)
-
-    def end(self) -> None:
-        """End it if it still runs, and remove what it may have left half-written."""
-        process = self.process
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        for thread in self._threads:
-            thread.join()
-        for stream in (process.stdin, process.stdout, process.stderr):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        if self.job.timing_cache is not None:
-            with contextlib.suppress(OSError):
-                temporary_path(self.job.timing_cache, process.pid).unlink()
-
-    def result(self) -> BuildResult:
-        """What it wrote before it ended."""
-        try:
-            return BuildResult.from_json(Path(self.job.plan).with_name("result.json").read_text())
-        except (OSError, ValueError, KeyError) as error:
-            raise LoweringError(self._death()) from error
-
-    def _death(self) -> str:
-        code = self.process.returncode
-        last = "; the last it said: " + " | ".join(self._said) if self._said else ""
-        if code == -signal.SIGKILL:
-            return (
-                "the process that builds with TensorRT was killed (SIGKILL): on Linux that is the machine running out of memory "
-                f"(RAM, not the GPU's); free some, or build a smaller part{last}"
-            )
-        if code < 0:
-            name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-            return (
-                f"TensorRT crashed while building ({name}); this process is unharmed. Known remedies: another TensorRT version, "
-                f"optimization_level below 3, leaving plugin libraries out{last}"
-            )
-        return f"the process that builds with TensorRT ended with status {code} and without a result{last}"
-
-    def _read_messages(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            with contextlib.suppress(ValueError):  # a line cut short by a crash
-                message = json.loads(line)
-                self._messages.put(message)
-        self._messages.put(None)
-
-    def _read_errors(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            if text := line.decode(errors="replace").strip():
-                self._said.append(text[:500])
-
-
-@contextlib.contextmanager
-def _running(job: BuildJob, folder: Path) -> Iterator[_Worker]:
-    """A worker at its job; it is ended on the way out, whatever happened."""
-    path = folder / "job.json"
-    path.write_text(job.to_json())
-    process = subprocess.Popen(
-        [sys.executable, str(WORKER), str(path)],
-        stdin=subprocess.PIPE,  # never written to: the worker ends when it is closed, by us or by our end
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=_environment(job.device),
-        start_new_session=True,
+def _absolute(job: BuildJob) -> BuildJob:
+    """The process may have been started in another folder."""
+    cache = job.timing_cache
+    return dataclasses.replace(
+        job,
+        onnx=os.path.abspath(job.onnx),
+        timing_cache=None if cache is None else os.path.abspath(cache),
+        plugin_library=tuple(map(os.path.abspath, job.plugin_library)),
     )
-    worker = _Worker(process, job)
-    try:
-        yield worker
-    finally:
-        worker.end()
-
-
-def _environment(device: int) -> dict[str, str]:
-    """Ours, with the same modules to be found, and with no other GPU than the job's."""
-    environment = dict(os.environ)
-    paths = [path for path in (environment.get("PYTHONPATH"), *sys.path) if path]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    visible = [entry for entry in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
-    environment["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) else str(device)
-    return environment
 
 
 # --- what went wrong, in words

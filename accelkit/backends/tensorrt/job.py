@@ -1,6 +1,6 @@
 """What the build process is told, and what it answers: plain data, JSON both ways.
 
-    parent: BuildJob --job.json--> worker.py: ONNX file -> plan file --result.json--> parent: BuildResult
+    parent: BuildJob --job.json--> worker.py: ONNX file -> plan file --a line on its standard output--> parent: BuildResult
 
 Standard library only: the worker imports this file by itself, without accelkit or torch (accelkit.backends.tensorrt.building).
 """
@@ -43,6 +43,8 @@ class BuildJob:
         start_only: stop before the ONNX file is looked at: does TensorRT start on this GPU?
         parse_only: stop after parsing; the result tells which nodes are refused, and there is no plan.
         device: number of the GPU, as torch counts; `build_plan` shows the worker no other.
+        gpu_lock: file that is locked while the builder times kernels, so that builds of several processes do not time each
+            other's; None for no lock.
     """
 
     onnx: str
@@ -63,6 +65,7 @@ class BuildJob:
     start_only: bool = False
     parse_only: bool = False
     device: int = 0
+    gpu_lock: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -108,11 +111,14 @@ class BuildResult:
     """What the worker found.
 
     Attributes:
-        seconds: of each stage: `start` (loading the library, the device), `parse`, `build`, `write`; `total` by the parent's clock.
+        seconds: of each stage: `start` (until the process had loaded the library and reached the GPU; 0 where it was there from
+            an earlier build or `warm`), `wait` (only where another build on this GPU came first), `parse`, `build`, `write`;
+            `total` by the parent's clock.
         versions: `tensorrt`.
         warnings: the library's warnings and errors, each once, in order.
         failure: None where the plan was written (or parsing alone succeeded).
-        timing_cache_bytes: size of the timing cache before and after the build; None without one, or where it could not be kept.
+        timing_cache_bytes: size of the timing cache before and after the build; None without one. A note says where it is
+            in the build process alone, and not on disk.
         notes: sentences for the report (a timing cache that was not usable, tactic sources left out).
     """
 

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MAGIC = b"accelkit TensorRT timing cache 1\n"
-LOCK_TIMEOUT_S = 30.0
 
 
 def read(path: str) -> tuple[bytes, str]:
@@ -52,23 +51,26 @@ def write(path: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str) -> Iterator[bool]:
-    """Hold the right to replace the file; False after LOCK_TIMEOUT_S, or where the folder cannot be written.
+def locked(path: str, timeout_s: float) -> Iterator[str]:
+    """Hold the lock of `path`; yields why it is not held, empty where it is.
 
     The lock is the operating system's: one held by a process that dies is free at once. Its file stays, as it must where
     others may be waiting on it.
     """
     import filelock
 
-    lock = filelock.FileLock(f"{path}.lock", timeout=LOCK_TIMEOUT_S)
+    lock = filelock.FileLock(f"{path}.lock", timeout=timeout_s)
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock.acquire()
-    except (filelock.Timeout, OSError, NotImplementedError):
-        yield False
+    except filelock.Timeout:
+        yield f"another process has held its lock for {timeout_s:g} s"
+        return
+    except (OSError, NotImplementedError) as error:
+        yield str(error)
         return
     try:
-        yield True
+        yield ""
     finally:
         lock.release()
 
