@@ -15,7 +15,7 @@ from torch import fx
 
 from accelkit.backend_api import EMBEDS_BELOW_BYTES, Backend, CompileContext, Engine
 from accelkit.backends.tensorrt import library, refitting, versions
-from accelkit.backends.tensorrt.building import build_plan, timing_cache_path
+from accelkit.backends.tensorrt.building import build_plan, timing_cache_path, warm
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.forms import rewritten
 from accelkit.backends.tensorrt.job import HARDWARE, BuildJob, BuildResult
@@ -144,6 +144,7 @@ class TensorRT(Backend):
             raise LoweringError(
                 f"TensorRT {tensorrt.__version__} has int32 only, and {'; '.join(beyond.values())}", beyond
             )
+        warm(_device(inputs))  # the build process loads the library meanwhile
         context.progress("exporting to ONNX")
         graph = rewritten(graph)
         network = network_of(graph, inputs, context, external_bytes=self.embeds_below_bytes)
