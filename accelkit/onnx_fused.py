@@ -41,6 +41,21 @@ def attention(
     kind: str = "auto",
 ) -> Any:
     """[batch, length, heads, width] in and out."""
+    seen = attention_mask(query, key, mask, causal)
+    added = None if seen is None else seen.additive()
+    result = attended(query, key, value, added, causal and seen is None, scale)
+    if seen is not None:
+        result = zeros_unless(seen.attends(), result, query.dtype)
+    return operators().Transpose(result, perm=[0, 2, 1, 3])
+
+
+def attended(query: Any, key: Any, value: Any, added: Any, causal: bool, scale: float | None) -> Any:
+    """[batch, heads, length, width], of operands [batch, length, heads, width].
+
+    Args:
+        added: finite numbers of query's dtype that are added to the scores, or None.
+        causal: query i attends to keys 0 to i.
+    """
     op = operators()
     if scale is None:
         width = query.shape[3]
@@ -51,15 +66,11 @@ def attention(
     columns = op.Transpose(repeat_heads(query, key, 2), perm=[0, 2, 3, 1])
     values = op.Transpose(repeat_heads(query, value, 2), perm=[0, 2, 1, 3])
     scores = op.MatMul(rows, columns)
-    seen = attention_mask(query, key, mask, causal)
-    if seen is not None:
-        scores = op.Add(scores, seen.additive())
-    elif causal:
+    if added is not None:
+        scores = op.Add(scores, added)
+    if causal:
         scores = op.Where(visible(query, 1, key, 1), scores, number(-math.inf, query.dtype))
-    result = op.MatMul(op.Softmax(scores, axis=-1), values)
-    if seen is not None:
-        result = zeros_unless(seen.attends(), result, query.dtype)
-    return op.Transpose(result, perm=[0, 2, 1, 3])
+    return op.MatMul(op.Softmax(scores, axis=-1), values)
 
 
 def attention_mask(query: Any, key: Any, mask: Any, causal: bool) -> Mask | None:

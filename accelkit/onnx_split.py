@@ -1,4 +1,4 @@
-"""slices of linear(x, cat(wq, wk, wv))  ->  linear(x, wq), linear(x, wk), linear(x, wv): merge_qkv undone, for ONNX Runtime
+"""slices of linear(x, cat(wq, wk, wv))  ->  linear(x, wq), linear(x, wk), linear(x, wv): merge_qkv undone, for ONNX
 
     1. slice(linear(x, W, b), last dimension, from, to)                  ->  linear(x, W[from:to], b[from:to])
     2. select(reshape(linear(x, W, b), [..., 3, heads, width]), -3, i)   ->  reshape(linear(x, W[i], b[i]), [..., heads, width])
@@ -102,12 +102,12 @@ def _split(graph: fx.GraphModule, product: fx.Node, pieces: list[_Piece]) -> Non
         with graph.graph.inserting_before(product):
             if rows not in made:
                 parts = [_rows(graph, weight, *rows) for weight in weights if isinstance(weight, fx.Node)]
-                made[rows] = _call(graph, aten.linear.default, (x, *parts))
+                made[rows] = call(graph, aten.linear.default, (x, *parts))
             result = made[rows]
         if piece.reshaped is not None:
             with graph.graph.inserting_before(piece.node):
-                shape = [_size(graph, result, d) for d in range(graphs.val(result).dim() - 1)]
-                result = _call(graph, aten.reshape.default, (result, [*shape, *piece.reshaped]))
+                shape = [size_of(graph, result, d) for d in range(graphs.val(result).dim() - 1)]
+                result = call(graph, aten.reshape.default, (result, [*shape, *piece.reshaped]))
         piece.node.replace_all_uses_with(result)
     for piece in pieces:
         reshaped = piece.node.args[0]
@@ -117,9 +117,10 @@ def _split(graph: fx.GraphModule, product: fx.Node, pieces: list[_Piece]) -> Non
     graph.graph.erase_node(product)
 
 
-def _size(graph: fx.GraphModule, node: fx.Node, dim: int) -> int | fx.Node:
+def size_of(graph: fx.GraphModule, node: fx.Node, dim: int) -> int | fx.Node:
+    """A size of the node's value: a number, or the node that has it; where the graph inserts."""
     size = graphs.val(node).shape[dim]
-    return size if isinstance(size, int) else _call(graph, aten.sym_size.int, (node, dim))
+    return size if isinstance(size, int) else call(graph, aten.sym_size.int, (node, dim))
 
 
 def _rows(graph: fx.GraphModule, weight: fx.Node, start: int, stop: int) -> fx.Node:
@@ -130,7 +131,8 @@ def _rows(graph: fx.GraphModule, weight: fx.Node, start: int, stop: int) -> fx.N
     return node
 
 
-def _call(graph: fx.GraphModule, target: torch._ops.OpOverload, args: tuple[Any, ...]) -> fx.Node:
+def call(graph: fx.GraphModule, target: torch._ops.OpOverload, args: tuple[Any, ...]) -> fx.Node:
+    """A call with its fake tensor, where the graph inserts."""
     node = graph.graph.call_function(target, args)
     given = fx.node.map_arg(args, graphs.val)
     node.meta["val"] = graphs.inferred(target, given, {}, fake_mode_of(graph))

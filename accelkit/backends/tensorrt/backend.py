@@ -71,7 +71,7 @@ class TensorRT(Backend):
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
     devices: ClassVar[tuple[str, ...]] = ("cuda",)
     measures_pieces: ClassVar[bool] = True
-    fused_operators: ClassVar[frozenset[str]] = frozenset(STANDARD)
+    fused_operators: ClassVar[frozenset[str]] = frozenset((*STANDARD, "patch_embedding"))
     description: ClassVar[str] = "NVIDIA TensorRT engines, 8.6 and later, by way of ONNX"
 
     def __post_init__(self) -> None:

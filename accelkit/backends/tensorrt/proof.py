@@ -198,7 +198,7 @@ def layers_of(information: str, arithmetic_32: str = "fp32") -> tuple[tuple[Laye
             was free to use tf32.
     """
     try:
-        data = json.loads(information)
+        data = json.loads(information, strict=False)  # 8.6 leaves control characters in names
     except ValueError as error:
         return (), (f"TensorRT's list of layers cannot be read ({error}), so precisions are not told",)
     found = data.get("Layers", data.get("layers", [])) if isinstance(data, dict) else data
