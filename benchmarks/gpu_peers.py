@@ -214,7 +214,11 @@ def accelkit_tensorrt(case: Case) -> Call:
     """accelkit's TensorRT target; its facts split the build's time into TensorRT's and accelkit's own."""
     from tensorrt_ours import optimized
 
+    from accelkit.backends.tensorrt.building import stop_workers
+
+    stop_workers()  # each candidate is built cold
     made = optimized(case.model, case.inputs, case.precision, cache=case.cache)
+    stop_workers()  # its memory is not the engine's
     return WithFacts(run(made.model, case.inputs), made.facts)
 
 

@@ -5,9 +5,9 @@
     python benchmarks/tensorrt_build.py --device cpu --tiny                   # the same code on tiny models
 
 Steps, each in the order given and each with a reason in the row where it fails:
-    cold      optimize() with empty caches: TensorRT's seconds and accelkit's own around them, engine size, memory
-    warm      the same model with other weights, the timing cache being what `cold` left
-    cached    optimize() again, the engine from accelkit's cache
+    cold      optimize() with empty caches and no build process: TensorRT's seconds and accelkit's own around them, engine size
+    warm      the same model with other weights, the timing cache and the build process being what `cold` left
+    cached    optimize() again, the engine from accelkit's cache; the GPU memory that it takes
     overhead  microseconds of the host a call, over execute_async_v3 on the same engine and bound buffers
     plain     the same without a CUDA graph (a build more)
     refit     a refittable engine (a build more): seconds for other weights, the error afterwards
@@ -39,6 +39,7 @@ from tensorrt_by_hand import build, export, library
 from tensorrt_ours import Optimized, optimized, raw_call
 from torch import nn
 
+from accelkit.backends.tensorrt.building import stop_workers
 from accelkit.measure import write_results
 from accelkit.models import Inputs
 
@@ -129,19 +130,23 @@ class Subject:
         self.made: Optimized | None = None
 
     def cold(self) -> dict[str, Any]:
-        before = _bytes_in_use(self.device)
+        stop_workers()
         self.made = made = optimized(self.model, self.inputs, self.precision, cache=True)
-        run(made.model, self.inputs)()
-        after = _bytes_in_use(self.device)
-        memory = None if before is None or after is None else after - before
-        return {**made.facts, "memory_bytes": memory, "error": self._error(made, self.wide)}
+        return {**made.facts, "error": self._error(made, self.wide)}
 
     def warm(self) -> dict[str, Any]:
         other, _ = self._other()
         return optimized(other, self.inputs, self.precision, cache=False).facts
 
     def cached(self) -> dict[str, Any]:
-        return optimized(self.model, self.inputs, self.precision, cache=True).facts
+        _give_back(self.device)
+        before = _bytes_in_use(self.device)
+        made = optimized(self.model, self.inputs, self.precision, cache=True)
+        run(made.model, self.inputs)()
+        _give_back(self.device)
+        after = _bytes_in_use(self.device)
+        memory = None if before is None or after is None else after - before
+        return {**made.facts, "memory_bytes": memory}
 
     def overhead(self) -> dict[str, Any]:
         return self._overhead(self._built())
@@ -227,6 +232,13 @@ def _rounded(seconds: dict[str, float]) -> dict[str, float]:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def _give_back(device: str) -> None:
+    """What PyTorch keeps of memory that nothing uses goes back to the GPU."""
+    _synchronize(device)
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _own_stream(device: str) -> Any:

@@ -131,7 +131,8 @@ def _times(rows: Sequence[Row]) -> Table:
             _s(hand and sum(hand["cold_seconds"].values())), _s(hand and sum(hand["warm_seconds"].values())),
         ])  # fmt: skip
     notes = [
-        "With a warm timing cache the model has other weights. By hand: parse and build of the TorchScript export."
+        "With a warm timing cache the model has other weights, and the build process is that of the cold build. By hand: parse "
+        "and build of the TorchScript export."
     ]
     return Table("Build", columns, lines, notes)
 
@@ -141,9 +142,9 @@ def _sizes(rows: Sequence[Row]) -> Table:
                "engine by hand, MiB"]  # fmt: skip
     lines = []
     for row in rows:
-        cold, call, hand = row.get("cold"), row.get("overhead"), row.get("by_hand")
+        cold, cached, call, hand = (row.get(step) for step in ("cold", "cached", "overhead", "by_hand"))
         if cold is not None:
-            found = (cold.get("engine_bytes"), call and call.get("device_memory_bytes"), cold.get("memory_bytes"),
+            found = (cold.get("engine_bytes"), call and call.get("device_memory_bytes"), cached and cached.get("memory_bytes"),
                      hand and hand.get("engine_bytes"))  # fmt: skip
             lines.append([*_key(row), *(None if n is None else f"{n / MIB:.1f}" for n in found)])
     return Table("Size and memory", columns, lines)
