@@ -14,7 +14,7 @@ from torch import nn
 import accelkit
 from accelkit import Dim, InputError
 from accelkit.backend_api import CompileContext
-from accelkit.backends.fastertransformer import FasterTransformer
+from accelkit.backends.fastertransformer import FasterTransformer, record_ends
 from accelkit.backends.fastertransformer.engine import FasterTransformerEngine
 from accelkit.precision import TF32
 from accelkit.testing import float64_reference, relative_error, trace
@@ -111,6 +111,34 @@ def test_results_are_not_overwritten(model: nn.Module) -> None:
     assert not torch.equal(first, second)
     x.zero_()
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float16", "float32 outside"])
+def test_ends_outside_of_the_recording_give_the_same(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = Layer().half(), nn.LayerNorm(128).half()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.half()
+            normed: torch.Tensor = fused.residual_layer_norm(self.layer(x), x, self.norm.weight, self.norm.bias)[0]
+            return normed.float() if wide else normed
+
+    net, x = Normed().cuda(), batch(64, 196, 128, dtype=torch.float32 if wide else torch.float16)
+    engines = {}
+    for name, least in (("outside", 1e9), ("copied", 0.0)):
+        monkeypatch.setattr(record_ends, "_FASTER", least)
+        engines[name] = compiled(net, x, fold_layer_norms=False)
+    assert "after the CUDA graph, into the results" in "\n".join(engines["outside"].describe().notes)
+    assert "after the CUDA graph" not in "\n".join(engines["copied"].describe().notes)
+    kept = []
+    for _ in range(4):
+        y = torch.randn_like(x)
+        kept.append((engines["outside"](y)[0], engines["copied"](y)[0]))
+    for result, expected in kept:
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert len({result.data_ptr() for result, _ in kept}) == 4
 
 
 def test_other_shapes_run_without_a_recording(model: nn.Module) -> None:

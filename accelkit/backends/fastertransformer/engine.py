@@ -25,7 +25,8 @@ from accelkit.backends.fastertransformer import facts
 from accelkit.backends.fastertransformer.batches import Padding, examples_of, shapes_of
 from accelkit.backends.fastertransformer.choice import choose
 from accelkit.backends.fastertransformer.obstacles import NotRecordable, why_not_recordable
-from accelkit.backends.fastertransformer.prepare import constants_of, prepare
+from accelkit.backends.fastertransformer.prepare import prepare
+from accelkit.backends.fastertransformer.record_ends import EndsRecorder
 from accelkit.backends.fastertransformer.recording import Recorder, Recording, call_ms
 from accelkit.backends.fastertransformer.turns import Run, Turns, cuda_of
 from accelkit.batch import Shapes, batch_of
@@ -91,6 +92,7 @@ class FasterTransformerEngine(Engine):
         self._memory_bytes = 0
         self._replays: dict[Any, Replay] = {}  # by shapes, dtypes and devices
         self._turns: Turns | None = None
+        self._ends: tuple[str, ...] = ()
         self._padded: dict[Shapes, Way] = {}
         self._counting = threading.Lock()
         self._calls: Counter[Way] = Counter()
@@ -160,6 +162,7 @@ class FasterTransformerEngine(Engine):
                 + " | ".join(_shown(shapes) for shapes in self._recordings)
                 + "; other shapes run without"
             )
+        notes += self._ends
         if self._padding is not None:
             notes.append("a batch between two recorded sizes runs in the larger one where that is faster")
         if calls := self.calls():
@@ -228,13 +231,12 @@ class FasterTransformerEngine(Engine):
         examples, refusals = examples_of(self._backend.capture_sizes, batch, self._laid_out(inputs))
         self._refusals += refusals
         recorder = Recorder(self._device)
+        ends = EndsRecorder(self._graph, self._device, self._backend.warmup, self._arithmetic, split=not self._tf32)
         self._turns = Turns(cuda_of(self._device))
         recorded = []
         for one in examples:  # from the largest on: the smaller ones fit into the memory that it leaves
             try:
-                with self._arithmetic():
-                    recording = recorder.record(self._forward, one, self._backend.warmup, constants_of(self._graph))
-                self._recordings[shapes_of(one)] = recording
+                self._recordings[shapes_of(one)] = ends.record(recorder, one, self._turns.take)
             except NotRecordable as error:
                 self._refusals.append(f"no CUDA graph for {_shown(shapes_of(one))}: {error}")
             except torch.OutOfMemoryError as error:
@@ -246,6 +248,7 @@ class FasterTransformerEngine(Engine):
             shapes = shapes_of(one)
             key = tuple((shape, dtype, device) for (shape, dtype), device in zip(shapes, self._devices, strict=True))
             self._replays[key] = Replay(self._recordings[shapes].run, Way("replayed", shapes))
+        self._ends = tuple(ends.notes)
         self._memory_bytes = recorder.memory_bytes() if recorded else 0
         if self._backend.pad_batch and recorded and not isinstance(batch, str):
             self._allow_padding(batch, recorded)

@@ -1,6 +1,6 @@
 """One forward in a CUDA graph: recorded once, replayed at each call.
 
-    forward(*inputs)  ->  copy into static inputs, replay, copy out of static outputs
+    forward(*inputs)  ->  copy into static inputs, replay, copy out of static outputs or compute the results from them
 
 All static memory (inputs, activations, outputs, cuBLAS's workspace) is in one pool that the recordings of an engine share:
 they never run at the same time, and PyTorch's allocator reuses activations within each and between them. When the engine
@@ -34,16 +34,20 @@ class Recording:
     Attributes:
         inputs, outputs: the addresses that the recording reads and writes.
         replay: enqueues the recorded kernels on the current stream.
+        end: what computes the results from the outputs, in memory of their own; None where the outputs are the results.
     """
 
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     replay: Callable[[], None]
+    end: Callable[..., Sequence[Tensor]] | None = None
 
-    def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The forward of `inputs`, whose shapes are the recorded ones; results in fresh memory."""
         _copy(self.inputs, inputs)
         self.replay()
+        if self.end is not None:
+            return self.end(*self.outputs)
         if len(self.outputs) == 1:
             return (self.outputs[0].clone(),)
         fresh = tuple(torch.empty_like(o) for o in self.outputs)
@@ -55,6 +59,8 @@ class Recording:
         static = [s[:rows] if b else s for s, b in zip(self.inputs, batched, strict=True)]
         _copy(static, inputs)
         self.replay()
+        if self.end is not None:
+            return tuple(result[:rows] for result in self.end(*self.outputs))
         return tuple(o[:rows].clone() for o in self.outputs)
 
 
