@@ -194,7 +194,8 @@ class _Following:
             return
         self.is_taken = True
         if "stage" in message:
-            self.stage, self._share, self._next_words = message["stage"], "", now
+            if message["stage"] != self.stage:
+                self.stage, self._share, self._next_words = message["stage"], "", now
             if self._waits_since is not None:
                 self._waited_s += now - self._waits_since
             self._waits_since = now if message.get("waits") else None
