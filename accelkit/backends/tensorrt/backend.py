@@ -5,6 +5,7 @@ fx graph --network.py--> ONNX file + weights --building.py, a process of its own
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from torch import fx
 
 from accelkit.backend_api import EMBEDS_BELOW_BYTES, Backend, CompileContext, Engine
 from accelkit.backends.tensorrt import library, refitting, versions
+from accelkit.backends.tensorrt.accumulation import (
+    ACCUMULATE,
+    AS_IT_LIKES,
+    Level,
+    Yardstick,
+    everything,
+    levels,
+    most_accurate,
+)
 from accelkit.backends.tensorrt.building import build_plan, timing_cache_path, warm
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.forms import rewritten
@@ -23,10 +33,12 @@ from accelkit.backends.tensorrt.manifest import Manifest, sha256
 from accelkit.backends.tensorrt.network import Network, network_of
 from accelkit.backends.tensorrt.obstacles import beyond_int32, obstacle
 from accelkit.backends.tensorrt.plugin_libraries import load_plugins
+from accelkit.backends.tensorrt.products import linear_products
 from accelkit.backends.tensorrt.runtime import log_of
 from accelkit.backends.tensorrt.versions import TACTIC_SOURCES
 from accelkit.errors import BackendUnavailableError, InputError, LoweringError
 from accelkit.onnx_fused import STANDARD
+from accelkit.precision import as_precision
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class TensorRT(Backend):
         tactic_sources: libraries that layers may come from (cublas, cublas_lt, cudnn, edge_mask_convolutions,
             jit_convolutions); None for TensorRT's default less those that do not load here, () for none.
         refittable: `refit()` gives the engine new weights without a rebuild. Costs speed: weights are no constants then.
+        accumulate: what fp16 products are summed in: `fp16`, as TensorRT likes; `fp32` for all linear layers; `auto`, as TensorRT
+            likes where that is accurate enough on the example, else the longest sums in float32, each way built and measured.
         sparse_weights: use sparse tensor cores where weights have 2 zeros in each 4.
         time_limit_s: end a build that takes longer, in seconds; None for no limit.
         max_aux_streams: streams beside the caller's that layers may run on at the same time; None for TensorRT's choice.
@@ -60,6 +74,7 @@ class TensorRT(Backend):
     hardware_compatible: str = "none"
     tactic_sources: tuple[str, ...] | None = None
     refittable: bool = False
+    accumulate: str = "auto"
     sparse_weights: bool = False
     time_limit_s: float | None = None
     max_aux_streams: int | None = None
@@ -84,6 +99,8 @@ class TensorRT(Backend):
             raise InputError(
                 f"TensorRT(hardware_compatible={self.hardware_compatible!r}): known are {', '.join(HARDWARE)}"
             )
+        if self.accumulate not in ACCUMULATE:
+            raise InputError(f"TensorRT(accumulate={self.accumulate!r}): known are {', '.join(ACCUMULATE)}")
         for option in ("tactic_sources", "plugin_libraries"):
             given = getattr(self, option)
             if isinstance(given, str) or (given is not None and not all(isinstance(name, str) for name in given)):
@@ -146,8 +163,29 @@ class TensorRT(Backend):
             )
         warm(_device(inputs))  # the build process loads the library meanwhile
         context.progress("exporting to ONNX")
-        graph = rewritten(graph)
-        network = network_of(graph, inputs, context, external_bytes=self.embeds_below_bytes)
+        written = rewritten(graph)
+        network = network_of(written, inputs, context, external_bytes=self.embeds_below_bytes)
+        typed = versions.strongly_typed(tensorrt)
+
+        def build(level: Level) -> TensorRTEngine:
+            return self._compiled(network.with_wide(level.nodes, typed), tensorrt, written, inputs, context)
+
+        if network.precision != "fp16" or self.accumulate == "fp16":
+            return build(AS_IT_LIKES)
+        products = linear_products(network.model)
+        if self.accumulate == "fp32":
+            return build(everything(products))
+        yardstick = functools.partial(Yardstick, graph, inputs, as_precision("fp16"))
+        return most_accurate(levels(products), build, yardstick, inputs, lambda e: e.manifest.seconds.get("total", 0.0))
+
+    def _compiled(
+        self,
+        network: Network,
+        tensorrt: Any,
+        graph: fx.GraphModule,
+        inputs: Sequence[torch.Tensor],
+        context: CompileContext,
+    ) -> TensorRTEngine:
         device = _device(inputs)
         plan, result = self._built(network, device, str(tensorrt.__version__), context)
         weights = network.weights if self.refittable else {}
@@ -159,6 +197,7 @@ class TensorRT(Backend):
             inputs=tuple(network.profile),
             outputs=tuple(o.name for o in network.model.graph.output),
             keep_fp32=network.keep_fp32,
+            wide=network.wide,
             version_compatible=self.version_compatible,
             hardware_compatible=self.hardware_compatible,
             weights=refitting.dtypes_of(weights),
@@ -210,7 +249,8 @@ class TensorRT(Backend):
             onnx=onnx,
             timing_cache=timing,
             precision=network.precision,
-            keep_fp32=network.keep_fp32,
+            keep_fp32=(*network.keep_fp32, *network.wide),
+            tf32=network.tf32,
             profile=network.profile,
             workspace_bytes=None if self.workspace_gib is None else round(self.workspace_gib * 2**30),
             optimization_level=self.optimization_level,

@@ -21,8 +21,9 @@ from accelkit import graph as graphs
 from accelkit.backend_api import Engine, EngineFacts
 from accelkit.backends.tensorrt import library, profiling, refitting, versions
 from accelkit.backends.tensorrt.contexts import ALIGNMENT, Binding, Context, ContextPool
+from accelkit.backends.tensorrt.judging import require_precision
 from accelkit.backends.tensorrt.manifest import MANIFEST, PLAN, Manifest, require_fit
-from accelkit.backends.tensorrt.proof import Proof, prove, require_precision
+from accelkit.backends.tensorrt.proof import Proof, prove
 from accelkit.backends.tensorrt.replay import Replay, recorded
 from accelkit.backends.tensorrt.runtime import deserialised
 from accelkit.backends.tensorrt.streams import Streams
@@ -81,7 +82,7 @@ class TensorRTEngine(Engine):
             self._pool = ContextPool(tensorrt, self._engine, self._inputs, self._outputs, self._streams, contexts)
             if manifest.proof is None:
                 proof = self._watch(inputs)
-                judged = require_precision(proof, manifest.precision, manifest.keep_fp32)
+                judged = require_precision(proof, manifest.precision, manifest.keep_fp32, manifest.wide)
                 notes = (*manifest.notes, *judged)
                 self._manifest = dataclasses.replace(manifest, proof=proof.to_json(), notes=notes)
             if cuda_graph:
@@ -204,6 +205,10 @@ class TensorRTEngine(Engine):
             memory_bytes=len(self._plan),
             notes=tuple(notes),
         )
+
+    def note(self, *sentences: str) -> None:
+        """Keep more sentences for the report, in the serialised form too."""
+        self._manifest = dataclasses.replace(self._manifest, notes=(*self._manifest.notes, *sentences))
 
     @property
     def manifest(self) -> Manifest:

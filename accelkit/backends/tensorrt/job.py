@@ -29,6 +29,7 @@ class BuildJob:
         precision: `fp32`, `tf32`, `fp16` or `bf16`. A strongly typed network (TensorRT 10 and later) has it in its own types;
             only `tf32` is then a flag of the builder.
         keep_fp32: names of ONNX nodes that stay fp32 where precision is a flag (8.6); a strongly typed network says it by casts.
+        tf32: float32 layers may multiply in tf32 where the precision is another; `tf32` as precision says it too.
         profile: network input -> its smallest, tuned and largest shape; inputs whose shape is fixed may be left out.
         workspace_bytes: scratch memory that a layer may use; None for all of the device's.
         optimization_level: 0 (fastest build) to 5 (fastest engine); None for the version's default, 3.
@@ -52,6 +53,7 @@ class BuildJob:
     timing_cache: str | None = None
     precision: str = "fp32"
     keep_fp32: tuple[str, ...] = ()
+    tf32: bool = False
     profile: dict[str, Shapes] = field(default_factory=dict)
     workspace_bytes: int | None = None
     optimization_level: int | None = None

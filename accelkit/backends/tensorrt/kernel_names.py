@@ -20,7 +20,7 @@ _TYPES = {
 _TYPE = r"(?:tf32|bf16|f16|f32|f64|i8|u8|i32|e4m3|e5m2)"
 # xmma: operands A and B, then what is multiplied and what is summed in, then the result
 _XMMA = re.compile(
-    rf"(?<![a-z0-9]){_TYPE}{_TYPE}_(?P<product>tf32|bf16|f16|f32|f64|i8|u8|e4m3|e5m2){_TYPE}(?![a-z0-9])"
+    rf"(?<![a-z0-9]){_TYPE}{_TYPE}_(?P<product>tf32|bf16|f16|f32|f64|i8|u8|e4m3|e5m2)(?P<sums>{_TYPE})(?![a-z0-9])"
 )
 _PAIR = re.compile(rf"(?<![a-z0-9])(?P<product>tf32|bf16|f16|f32|f64|i8|e4m3|e5m2){_TYPE}(?![a-z0-9])")
 _ATTENTION = re.compile(r"f?mha|flash_(?:attn|attention|fprop)")
@@ -63,3 +63,13 @@ def arithmetic(name: str) -> Arithmetic:
         if found := pattern.search(text):
             return Arithmetic(True, _TYPES[found["product"]])
     return Arithmetic(True, next((precision for pattern, precision in _PLAIN if pattern.search(text)), None))
+
+
+def sums_in(name: str) -> str | None:
+    """What a kernel of this name adds its products up in; None where the name does not tell.
+
+    >>> sums_in("sm90_xmma_gemm_f16f16_f16f16_f16_tn_n_tilesize128x128x64")
+    'fp16'
+    """
+    found = _XMMA.search(name.lower())
+    return _TYPES.get(found["sums"]) if found else None

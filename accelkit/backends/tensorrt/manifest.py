@@ -30,7 +30,8 @@ class Manifest:
         device: `gpu`, `compute_capability` and `driver` of the GPU that it was built on (library.device_facts).
         precision: what was asked of the builder: `fp32`, `tf32`, `fp16` or `bf16`.
         inputs, outputs: the network's names, in the order of the graph's placeholders and results.
-        keep_fp32: names of ONNX nodes that stay fp32 on purpose.
+        keep_fp32: names of ONNX nodes that stay fp32 because the graph says so.
+        wide: names of the ONNX products that are summed in float32 for accuracy (accumulation.py).
         version_compatible: later TensorRT versions of the same major number run it too.
         hardware_compatible: `none`, or `ampere_plus`.
         weights: initializer's name -> dtype (`float16`), of those that can be replaced; empty where the engine is not refittable.
@@ -47,6 +48,7 @@ class Manifest:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     keep_fp32: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
     version_compatible: bool = False
     hardware_compatible: str = "none"
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -73,7 +75,7 @@ class Manifest:
         try:
             data = json.loads(bytes(blobs[MANIFEST]))
             known = data.pop("format")
-            for name in ("inputs", "outputs", "keep_fp32", "notes"):
+            for name in ("inputs", "outputs", "keep_fp32", "wide", "notes"):
                 data[name] = tuple(data[name])
             manifest = cls(**data)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

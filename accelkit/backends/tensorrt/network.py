@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from accelkit.backend_api import CompileContext
 from accelkit.backends.tensorrt.forms import FORMS, MODEL_REWRITES
 from accelkit.backends.tensorrt.job import Shapes
 from accelkit.backends.tensorrt.opset import EXPORTED, to_opset_17
+from accelkit.backends.tensorrt.products import holds_products, summed_in_float32
 from accelkit.culprits import culprits
 from accelkit.errors import LoweringError
 from accelkit.onnx_export import EXTERNAL_BYTES, export_onnx, external_weights
@@ -51,6 +52,7 @@ class Network:
         precision: the lowest precision that the graph computes in, or `tf32`.
         keep_fp32: names of the ONNX nodes that compute in float32 in a network of a lower precision: 8.6 has to be told, and
             the proof allows them.
+        wide: names of the products that are summed in float32 for accuracy.
     """
 
     model: onnx.ModelProto
@@ -59,6 +61,17 @@ class Network:
     profile: dict[str, Shapes]
     precision: str
     keep_fp32: tuple[str, ...]
+    wide: tuple[str, ...] = ()
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products may run in tf32: those that are wide for accuracy alone may, what the graph keeps not."""
+        return bool(self.wide) and not holds_products(self.model, self.keep_fp32)
+
+    def with_wide(self, nodes: tuple[str, ...], typed: bool) -> Network:
+        """The same with these products summed in float32: by casts in strongly typed networks, by name in others."""
+        model = summed_in_float32(self.model, nodes) if typed and nodes else self.model
+        return replace(self, model=model, wide=nodes)
 
     @property
     def weight_bytes(self) -> int:

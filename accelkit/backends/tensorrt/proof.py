@@ -1,6 +1,6 @@
 """Which precision the layers of a built engine really run in, and for how long: read back, never repeated from what was asked.
 
-    inspector's layers + IProfiler's times (+ the kernels that ran, for fused regions) --> Proof --> report, or a LoweringError
+    inspector's layers + IProfiler's times (+ the kernels that ran, for fused regions) --> Proof --> report, judging.py
 
 A layer's evidence, strongest first: the kernel's name (`..._f16f16_f16f32_f32_...`), the dtype of its weights, the dtypes of
 its floating-point tensors where they are all the same. A fused region of Myelin (`{ForeignNode[...]}`, TensorRT 8's way with
@@ -14,19 +14,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from accelkit.backends.tensorrt.kernel_names import arithmetic
-from accelkit.errors import LoweringError
+from accelkit.backends.tensorrt.kernel_names import arithmetic, sums_in
 
 PRODUCT, REGION, OTHER, MOVEMENT = "product", "region", "other", "movement"
 UNKNOWN = "unknown precision"
-TOLERATED_SHARE = 0.05
-"""Of the products' time, in a wider precision than asked: TensorRT 8.6 takes a float32 kernel for a tiny product where that is
-faster. Such layers are listed; a narrower precision than asked is always an error."""
-_WIDTH = {"int8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "tf32": 3, "fp32": 4, "fp64": 8}
 _MOVES = (
     "reformat", "noop", "no-op", "constant", "shuffle", "slice", "gather", "concat", "copy", "identity", "shape", "signal", "wait",
     "memset", "cast", "move", "devicetoshapehost", "shapehosttodevice", "fill", "nonzero", "trainstation", "padding",
@@ -75,18 +70,22 @@ class Proof:
         kernels: precision -> ms, of the matrix-product kernels that one run launched (`unknown precision` where their names do
             not tell); empty where kernels were not listed.
         notes: what could not be obtained, and why.
+        sums: of the fp16 kernels among those, precision -> ms by what they sum in, as far as their names tell.
     """
 
     layers: tuple[Layer, ...] = ()
     kernels: Mapping[str, float] | None = None
     notes: tuple[str, ...] = ()
+    sums: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Proof:
-        return cls(tuple(Layer(**layer) for layer in data["layers"]), data["kernels"], tuple(data["notes"]))
+        return cls(
+            tuple(Layer(**layer) for layer in data["layers"]), data["kernels"], tuple(data["notes"]), data.get("sums")
+        )
 
     def counted(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.kind != MOVEMENT]
@@ -100,8 +99,11 @@ class Proof:
         said = [text] if (text := self._shares()) else []
         if self.kernels:
             total = sum(self.kernels.values())
-            shares = ", ".join(f"{name} {_percent(ms, total)}" for name, ms in _largest_first(self.kernels))
+            shares = ", ".join(f"{name} {percent(ms, total)}" for name, ms in largest_first(self.kernels))
             said.append(f"matrix-product kernels that ran, by their names: {shares} of {total:.3g} ms")
+        if self.sums:
+            shares = ", ".join(f"{name} {ms:.3g} ms" for name, ms in largest_first(self.sums))
+            said.append(f"fp16 products are summed in: {shares}")
         regions = [layer for layer in self.layers if layer.kind == REGION]
         if regions:
             told = sum(layer.precision is not None for layer in regions)
@@ -122,68 +124,10 @@ class Proof:
         parts = []
         for precision, count in self.precisions().items():
             ms = sum(layer.ms or 0.0 for layer in timed if (layer.precision or UNKNOWN) == precision)
-            time = f", {_percent(ms, total)} of the time" if total else ""
-            parts.append(f"{precision}: {_percent(count, len(layers))} of {len(layers)} layers{time}")
+            time = f", {percent(ms, total)} of the time" if total else ""
+            parts.append(f"{precision}: {percent(count, len(layers))} of {len(layers)} layers{time}")
         moved = sum(layer.ms or 0.0 for layer in self.layers if layer.kind == MOVEMENT)
         return "; ".join(parts) + (f" ({total:.3g} ms, and {moved:.3g} ms of moving data)" if total else "")
-
-
-def require_precision(proof: Proof, asked: str, keep_fp32: Iterable[str] = ()) -> tuple[str, ...]:
-    """Refuse an engine whose matrix products run in another precision than asked.
-
-    Layers that hold one of the ONNX nodes in `keep_fp32` may run in fp32. With `tf32` asked, fp32 is fine.
-
-    Returns:
-        sentences for the report, about few products in a wider precision.
-
-    Raises:
-        LoweringError: it names the layers and their precisions.
-    """
-    kept = set(keep_fp32)
-    products = [layer for layer in proof.layers if layer.kind in (PRODUCT, REGION) and layer.precision is not None]
-    allowed = {asked, "fp32"} if asked == "tf32" else {asked}
-    wrong = [
-        layer for layer in products
-        if layer.precision not in allowed and not (layer.precision == "fp32" and kept & set(onnx_nodes(layer.name)))
-    ]  # fmt: skip
-    if not wrong:
-        return _require_kernels(proof, asked, allowed, bool(kept))
-    worse = [layer for layer in wrong if _WIDTH[str(layer.precision)] <= _WIDTH[asked]]
-    share = _share(wrong, products)
-    listed = ", ".join(f"{_short(layer.name)} in {layer.precision}" for layer in (worse or wrong)[:5])
-    more = f" and {len(worse or wrong) - 5} more" if len(worse or wrong) > 5 else ""
-    if worse or share > TOLERATED_SHARE:
-        raise LoweringError(
-            f"{asked} was asked for, and TensorRT built {len(worse or wrong)} of {len(products)} matrix-product layers in another "
-            f"precision ({listed}{more}; {share:.0%} of the products' time): ask for precision={(worse or wrong)[0].precision!r} "
-            "if that will do, or build with another optimization_level"
-        )
-    return (f"{len(wrong)} matrix products run in a wider precision, being faster so ({share:.1%}): {listed}{more}",)
-
-
-def _require_kernels(proof: Proof, asked: str, allowed: set[str], kept: bool) -> tuple[str, ...]:
-    """The same for the kernels inside fused regions, which belong to no layer that is shown."""
-    kernels = dict(proof.kernels or {})
-    total, wrong = sum(kernels.values()), {p: ms for p, ms in kernels.items() if p not in {*allowed, UNKNOWN}}
-    if not wrong:
-        return ()
-    listed = ", ".join(f"{precision} {_percent(ms, total)}" for precision, ms in _largest_first(wrong))
-    worse = any(_WIDTH[precision] <= _WIDTH[asked] for precision in wrong)
-    if worse or (sum(wrong.values()) > TOLERATED_SHARE * total and not kept):
-        raise LoweringError(
-            f"{asked} was asked for, and matrix-product kernels inside TensorRT's fused regions run in another precision "
-            f"({listed} of {total:.3g} ms): ask for precision={_largest_first(wrong)[0][0]!r} if that will do, or build with "
-            "another optimization_level"
-        )
-    why = "where the graph says so" if kept else "being faster so"
-    return (f"some matrix products inside fused regions run in a wider precision, {why}: {listed} of {total:.3g} ms",)
-
-
-def _share(some: Sequence[Layer], all_layers: Sequence[Layer]) -> float:
-    total = sum(layer.ms or 0.0 for layer in all_layers)
-    if total:
-        return sum(layer.ms or 0.0 for layer in some) / total
-    return len(some) / len(all_layers)
 
 
 # --- reading
@@ -287,15 +231,15 @@ def onnx_nodes(name: str) -> list[str]:
     ]
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     return name if len(name) <= 80 else f"{name[:60]}...{name[-17:]}"
 
 
-def _percent(part: float, whole: float) -> str:
+def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-def _largest_first(amounts: Mapping[str, float]) -> list[tuple[str, float]]:
+def largest_first(amounts: Mapping[str, float]) -> list[tuple[str, float]]:
     return sorted(amounts.items(), key=lambda item: -item[1])
 
 
@@ -324,6 +268,15 @@ def with_kernels(layers: Sequence[Layer], kernels: Mapping[str, float]) -> tuple
     return tuple(replace(layer, precision=one) if layer.kind == REGION else layer for layer in layers), dict(found)
 
 
+def sums_of(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Precision -> ms of the fp16 products that are summed in it."""
+    found: dict[str, float] = defaultdict(float)
+    for name, ms in kernels.items():
+        if arithmetic(name).precision == "fp16" and (sums := sums_in(name)) is not None:
+            found[sums] += ms
+    return dict(found)
+
+
 def prove(
     information: str,
     kernels: Callable[[], Mapping[str, float]],
@@ -341,13 +294,16 @@ def prove(
     """
     layers, notes = layers_of(information, "" if precision == "tf32" else "fp32")
     products: dict[str, float] | None = None
+    sums: dict[str, float] | None = None
     if any(layer.kind == REGION for layer in layers):
         try:
-            layers, products = with_kernels(layers, kernels())
+            ran = kernels()
+            layers, products = with_kernels(layers, ran)
+            sums = sums_of(ran)
         except RuntimeError as error:
             notes = (*notes, f"the kernels inside fused regions could not be listed: {error}")
     if measured := times():
         layers = with_times(layers, measured)
     else:
         notes = (*notes, "TensorRT's profiler reported no times")
-    return Proof(layers, products, notes)
+    return Proof(layers, products, notes, sums)

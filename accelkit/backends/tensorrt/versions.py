@@ -100,15 +100,15 @@ def precisions(trt: Any) -> tuple[str, ...]:
     return ("fp32", "tf32", "fp16", *(("bf16",) if has_dtype(trt, "bfloat16") else ()))
 
 
-def set_precision(trt: Any, config: Any, precision: str) -> None:
-    """Flags for a precision. TF32 is on by default in all versions, and is off here but for `tf32`.
+def set_precision(trt: Any, config: Any, precision: str, tf32: bool = False) -> None:
+    """Flags for a precision. TF32 is on by default in all versions; here it is on for `tf32` and where it is allowed.
 
     Raises:
         NotInThisVersionError: it has no such precision.
     """
     if precision not in precisions(trt):
         raise NotInThisVersionError(f"it has no {precision}, only {', '.join(precisions(trt))}")
-    change = config.set_flag if precision == "tf32" else config.clear_flag
+    change = config.set_flag if precision == "tf32" or tf32 else config.clear_flag
     change(trt.BuilderFlag.TF32)
     if not strongly_typed(trt) and precision in ("fp16", "bf16"):
         config.set_flag(trt.BuilderFlag.__members__[precision.upper()])

@@ -133,7 +133,7 @@ class Build:
 
     def _configure(self, trt: Any, config: Any) -> None:
         job = self.job
-        versions.set_precision(trt, config, job.precision)
+        versions.set_precision(trt, config, job.precision, job.tf32)
         for wanted, flag in (
             (job.refittable, trt.BuilderFlag.REFIT),
             (job.sparse_weights, trt.BuilderFlag.SPARSE_WEIGHTS),

@@ -1,0 +1,201 @@
+"""What fp16 products are summed in: as TensorRT likes where that is accurate enough, else the longest sums in float32.
+
+    as it likes  ->  sums of more than 2048 terms  ->  layers that widen or narrow  ->  all linear layers
+    the first engine whose error is within 1.8 times that of plain PyTorch in the same precision is taken
+
+TensorRT 8.6 sums fp16 products in fp16 on GPUs where that is as fast, and its error grows with the number of terms; PyTorch
+sums in float32. The bound that accelkit holds every result to is twice plain PyTorch's error (accelkit.accuracy). Where no
+engine keeps it, the one with the smallest error is taken, and optimize()'s own check decides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import fx
+
+from accelkit import graph as graphs
+from accelkit.accuracy import YARDSTICK_FACTOR, OutputError, check_outputs, reference_outputs
+from accelkit.backends.tensorrt.products import Product
+from accelkit.errors import LoweringError
+from accelkit.measure import interleaved
+from accelkit.precision import Precision
+from accelkit.rowwise import why_not_rowwise
+
+ACCUMULATE = ("auto", "fp32", "fp16")
+MARGIN = 1.8 / YARDSTICK_FACTOR
+"""Of the error that is allowed: another example, or the whole model around a piece, may be a little worse."""
+LONG = 2048
+"""Terms: float16 has 11 bits, so that a sum of as many terms of one size is off by as much as a term."""
+_ROWS = 2
+_TIMED_SECONDS = 0.1
+
+
+class Built(Protocol):
+    """An engine: callable, and keeps sentences for the report."""
+
+    def __call__(self, *inputs: torch.Tensor) -> Sequence[Any]:
+        """Run."""
+        ...
+
+    def note(self, *sentences: str) -> None:
+        """Keep sentences for the report."""
+        ...
+
+
+E = TypeVar("E", bound=Built)
+
+
+@dataclass(frozen=True)
+class Level:
+    """Which products are summed in float32: `words` for the report, `nodes` of the ONNX model."""
+
+    words: str
+    nodes: tuple[str, ...]
+
+
+AS_IT_LIKES = Level("sums as TensorRT likes", ())
+
+
+def levels(products: Sequence[Product]) -> Iterator[Level]:
+    """From none to all, each with more products than the one before."""
+    yield AS_IT_LIKES
+    before = 0
+    long = {p.node for p in products if p.terms > LONG}
+    uneven = long | {p.node for p in products if max(p.terms, p.columns) >= 2 * min(p.terms, p.columns)}
+    for words, names in (
+        (f"sums of more than {LONG} terms in float32", long),
+        ("sums of layers that widen or narrow in float32", uneven),
+        ("sums of all linear layers in float32", {p.node for p in products}),
+    ):
+        if len(names) > before:
+            before = len(names)
+            yield Level(words, tuple(p.node for p in products if p.node in names))
+
+
+def everything(products: Sequence[Product]) -> Level:
+    """All linear layers."""
+    return Level("sums of all linear layers in float32", tuple(p.node for p in products))
+
+
+class Yardstick:
+    """How far results are from float64, beside plain PyTorch in the graph's own precision.
+
+    Args:
+        graph: an accelkit graph. inputs: an example.
+        precision: what was asked for.
+
+    Raises:
+        RuntimeError, NotImplementedError, TypeError: an operator has no float64 form, or the GPU has no memory for it.
+    """
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], precision: Precision) -> None:
+        few, self.rows = few_rows(graph, inputs)
+        self.precision = precision
+        with torch.no_grad():
+            self.plain = [_copied(r) for r in graph(*few)]
+        self.reference = reference_outputs(graph, few)
+
+    def of(self, results: Sequence[Any]) -> list[OutputError]:
+        """Of an engine's results on the whole example; those that are no numbers with a fraction do not count."""
+        taken = [r[: self.rows] if self.rows is not None else r for r in results]
+        names = [f"output {i}" for i in range(len(taken))]
+        found = check_outputs(taken, self.reference, self.plain, names, self.precision, None)
+        return [f for f, r in zip(found, self.reference, strict=True) if torch.is_floating_point(r)]
+
+
+def few_rows(graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], int | None]:
+    """The first rows of the example, where the graph computes each from itself alone, and how many; else all, and None.
+
+    A graph of one fixed batch runs on that alone.
+    """
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    sizes = [graphs.val(n).shape[0] for n in placeholders if graphs.val(n).dim()]
+    symbols = {str(size) for size in sizes if isinstance(size, torch.SymInt)}
+    if len(symbols) != 1 or why_not_rowwise(graph, symbol := next(iter(symbols))) is not None:
+        return list(inputs), None
+    few = [
+        x[:_ROWS] if graphs.val(n).dim() and str(graphs.val(n).shape[0]) == symbol else x
+        for n, x in zip(placeholders, inputs, strict=True)
+    ]
+    return few, _ROWS
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def most_accurate(
+    tries: Iterator[Level],
+    build: Callable[[Level], E],
+    yardstick: Callable[[], Yardstick],
+    inputs: Sequence[torch.Tensor],
+    seconds: Callable[[E], float],
+) -> E:
+    """Build until an engine is accurate enough; it has a note of each try.
+
+    Args:
+        build: the engine of a level. A level after the first that TensorRT cannot build is noted and left out.
+        yardstick: made after the first engine.
+        seconds: that an engine took to build.
+    """
+    best = build(next(tries))
+    try:
+        judge = yardstick()
+    except (RuntimeError, NotImplementedError, TypeError) as failure:
+        best.note(f"what fp16 products are summed in was not judged: {_first_line(failure)}")
+        return best
+    found = judge.of(best(*inputs))
+    if not found:
+        return best
+    said = [f"{AS_IT_LIKES.words}: {_told(found)}, {_times(best, inputs, seconds)}"]
+    error = share(found)
+    for level in tries if error > MARGIN else ():
+        try:
+            engine = build(level)
+        except LoweringError as failure:
+            said.append(f"{level.words}: not built ({_first_line(failure)})")
+            continue
+        found = judge.of(engine(*inputs))
+        said.append(f"{level.words} ({len(level.nodes)}): {_told(found)}, {_times(engine, inputs, seconds)}")
+        if share(found) < error:
+            best, error = engine, share(found)
+        del engine  # its memory, before the next one is built
+        if error <= MARGIN:
+            break
+    if error > MARGIN:
+        said.append("none of these is within 1.8 times plain PyTorch's error: the most accurate was taken")
+    best.note(*said)
+    return best
+
+
+def share(errors: Sequence[OutputError]) -> float:
+    """The worst output's error as a share of what is allowed; 0 without any."""
+    return max(map(_share, errors), default=0.0)
+
+
+def _share(one: OutputError) -> float:
+    if one.error == 0.0:
+        return 0.0
+    return one.error / one.allowed if one.allowed else math.inf
+
+
+def _told(errors: Sequence[OutputError]) -> str:
+    worst = max(errors, key=_share)
+    if not worst.yardstick:
+        return f"error {worst.error:.2e}"
+    return f"error {worst.error:.2e}, {worst.error / worst.yardstick:.2f} times plain PyTorch's"
+
+
+def _times(engine: E, inputs: Sequence[torch.Tensor], seconds: Callable[[E], float]) -> str:
+    device = next((t.device for t in inputs), torch.device("cpu"))
+    timing = interleaved({"": lambda: engine(*inputs)}, seconds=_TIMED_SECONDS, device=device)[""]
+    return f"{timing.median_ms:.3g} ms, built in {seconds(engine):.3g} s"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
