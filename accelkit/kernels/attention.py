@@ -7,6 +7,7 @@ attention(..., config), variable_length_attention(..., config)
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ WIDEST_HEAD = 256
 LONGEST_ONE_PASS = 272
 """Keys whose scores, beside 64 queries, fit in the registers of 4 warps."""
 
-_SHARED_BYTES = 227 * 1024  # of one program on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
+_HOPPER_SHARED_BYTES = 227 * 1024  # of one program on sm_90 (CUDA C++ Programming Guide, table of compute capabilities)
 
 
 class AttentionConfig(NamedTuple):
@@ -63,9 +64,15 @@ def default(length: int, keys: int, width: int, dtype: torch.dtype, causal: bool
 
 
 def candidates(
-    length: int, keys: int, width: int, dtype: torch.dtype, causal: bool = False, masked: bool = False
+    length: int,
+    keys: int,
+    width: int,
+    dtype: torch.dtype,
+    causal: bool = False,
+    masked: bool = False,
+    limit: int = _HOPPER_SHARED_BYTES,
 ) -> list[AttentionConfig]:
-    """The configurations worth measuring; all of them launch (shared memory, registers)."""
+    """The default and the configurations worth measuring beside it, whose programs need at most `limit` bytes of shared memory."""
     block_d = _block_d(width)
     found = [default(length, keys, width, dtype, causal)]
     if dtype is not torch.float32 and block_d <= 128:
@@ -89,8 +96,32 @@ def candidates(
             ]
     elif dtype is not torch.float32:
         found += [AttentionConfig("pointers", m, n, w, 2) for m, n, w in ((64, 32, 8), (128, 32, 8))]
-    fitting = [c for c in found if _shared_bytes(c, block_d, dtype) <= _SHARED_BYTES]
+    fitting = [c for c in found if c is found[0] or shared_bytes(c, keys, width, dtype, causal, masked) <= limit]
     return list(dict.fromkeys(fitting))
+
+
+@functools.cache
+def shared_bytes_on(device: torch.device) -> int:
+    """The shared memory that a program may have on this device, as Triton asks for it when it launches."""
+    if device.type != "cuda":
+        return _HOPPER_SHARED_BYTES
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"])
+
+
+def shared_bytes(
+    config: AttentionConfig, keys: int, width: int, dtype: torch.dtype, causal: bool = False, masked: bool = False
+) -> int:
+    """At least the shared memory of one program: blocks of queries, keys and values, and what goes around them.
+
+    As Triton 3.6 compiles for sm_90: 8 bytes a stage for the barriers of bulk copies, and where a mask is laid out as scores
+    are, at most 512 bytes a warp.
+    """
+    if config.style == "one_pass":
+        held = sum(one_pass_blocks(keys)[:3])
+    else:  # the shorter block is loaded before the loop and stays; under a causal line it takes the memory of the loop's
+        held = config.block_n * config.stages + (0 if causal else _tail(keys, config.block_n))
+    blocks = (config.block_m + 2 * held) * _block_d(width) * dtype.itemsize
+    return blocks + 8 * config.stages + (512 * config.warps if masked else 0)
 
 
 def attention(
@@ -151,9 +182,11 @@ def variable_length_default(longest: int, width: int, dtype: torch.dtype) -> Att
     return AttentionConfig("pointers", 64, 64, 4, 2) if longest <= 256 else AttentionConfig("pointers", 128, 64, 4, 3)
 
 
-def variable_length_candidates(longest: int, width: int, dtype: torch.dtype) -> list[AttentionConfig]:
-    """The configurations worth measuring for packed sequences."""
-    dense = candidates(longest, longest, width, dtype)
+def variable_length_candidates(
+    longest: int, width: int, dtype: torch.dtype, limit: int = _HOPPER_SHARED_BYTES
+) -> list[AttentionConfig]:
+    """The configurations worth measuring for packed sequences; as for `candidates`."""
+    dense = candidates(longest, longest, width, dtype, limit=limit)
     found = [variable_length_default(longest, width, dtype), *(c for c in dense if c.style == "pointers")]
     return list(dict.fromkeys(found))
 
@@ -186,7 +219,7 @@ def variable_length_problem(
 
 
 def _variable_length_on(device: torch.device, problem: VariableLengthProblem) -> list[AttentionConfig]:
-    found = variable_length_candidates(problem.longest, problem.width, problem.dtype)
+    found = variable_length_candidates(problem.longest, problem.width, problem.dtype, shared_bytes_on(device))
     return [config._replace(pdl=dependent_launch_on(device)) for config in found]
 
 
@@ -251,11 +284,6 @@ def _tail(keys: int, block_n: int) -> int:
 
 def _block_d(width: int) -> int:
     return max(16, int(triton.next_power_of_2(width)))
-
-
-def _shared_bytes(config: AttentionConfig, block_d: int, dtype: torch.dtype) -> int:
-    rows = config.block_m + 2 * (config.block_n * config.stages or LONGEST_ONE_PASS)
-    return rows * block_d * dtype.itemsize
 
 
 def _options(config: AttentionConfig) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def candidates_on(device: torch.device, problem: AttentionProblem) -> list[Atten
     from accelkit.kernels import attention
 
     p, pdl = problem, dependent_launch_on(device)
-    configs = attention.candidates(p.length, p.keys, p.width, p.dtype, p.causal, p.mask != "none")
+    limit = attention.shared_bytes_on(device)
+    configs = attention.candidates(p.length, p.keys, p.width, p.dtype, p.causal, p.mask != "none", limit)
     found = [AttentionChoice("triton", TritonConfig(*c)._replace(pdl=pdl)) for c in configs]
     if p.kind == "triton":
         return found

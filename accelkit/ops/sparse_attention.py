@@ -36,8 +36,10 @@ def meaning(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: f
     check(query, key, value, allowed)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    result = F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped)
-    return result.transpose(1, 2).contiguous()
+    result = F.scaled_dot_product_attention(query, key, value, allowed, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    # PyTorch has zeros there but for cuDNN's kernel, which is its first choice on Hopper: up to 2.11 a pair that is not
+    # allowed has a score lower by 65504 there, which in a row of nothing else is as if all were allowed.
+    return result.masked_fill(~allowed.any(1)[:, None, None], 0.0).contiguous()
 
 
 def check(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> None:

@@ -16,7 +16,7 @@ from accelkit.backends.onnxruntime import OnnxRuntime
 from accelkit.backends.onnxruntime.cuda import output_shapes, why_not_captured
 from accelkit.errors import InputError, LoweringError
 from accelkit.precision import as_precision
-from accelkit.testing import relative_error, trace
+from accelkit.testing import float64_reference, relative_error, trace
 
 pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -88,10 +88,7 @@ def example(batch: int = 2, length: int = 16) -> tuple[torch.Tensor, torch.Tenso
 
 
 def error(results: Any, model: nn.Module, *inputs: torch.Tensor) -> float:
-    with torch.no_grad():
-        truth = Block().eval()
-        truth.load_state_dict(model.state_dict())
-        exact = truth.cuda().double()(inputs[0].double(), *inputs[1:])
+    (exact,) = float64_reference(model, *inputs)
     return relative_error(results, exact)
 
 

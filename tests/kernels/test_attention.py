@@ -163,6 +163,48 @@ def test_candidates_hold_the_default(sizes: tuple[int, int, int], dtype: torch.d
     assert len(set(found)) == len(found) >= (1 if dtype is torch.float32 else 2)
 
 
+@pytest.mark.parametrize(
+    ("config", "keys", "width", "causal", "masked", "asked"),
+    [
+        (("pointers", 128, 128, 8, 3), 512, 128, False, False, 229376),
+        (("pointers", 128, 128, 8, 3), 150, 128, False, False, 245760),  # 22 keys are left over: a block of 32
+        (("descriptors", 128, 128, 8, 3), 150, 128, False, False, 245784),
+        (("pointers", 128, 128, 8, 3), 300, 128, True, False, 229376),
+        (("pointers", 128, 128, 8, 3), 256, 128, False, True, 233472),
+        (("descriptors", 128, 64, 4, 3), 197, 64, False, True, 71704),
+        (("pointers", 64, 128, 4, 2), 290, 96, False, True, 182272),
+        (("one_pass", 128, 0, 8, 1), 272, 128, False, False, 163840),
+        (("pointers", 128, 32, 8, 2), 70, 256, False, False, 147456),
+    ],
+)
+def test_shared_memory(config: Any, keys: int, width: int, causal: bool, masked: bool, asked: int) -> None:
+    """Against what Triton 3.6 asked for when it compiled these for sm_90, 16-bit, masks by query and key."""
+    found = attention.shared_bytes(attention.AttentionConfig(*config), keys, width, torch.float16, causal, masked)
+    assert asked <= found <= 1.06 * asked
+
+
+def test_candidates_fit_into_shared_memory() -> None:
+    config = attention.AttentionConfig("pointers", 128, 128, 8, 3)
+    assert config in attention.candidates(512, 512, 128, torch.float16)
+    assert config not in attention.candidates(150, 150, 128, torch.float16)
+    assert config not in attention.candidates(512, 512, 128, torch.float16, masked=True)
+    small = attention.candidates(512, 512, 128, torch.float16, limit=99 * 1024)
+    assert len(small) > 1
+    assert all(attention.shared_bytes(c, 512, 128, torch.float16) <= 99 * 1024 for c in small)
+    assert attention.shared_bytes_on(torch.device("cpu")) == 227 * 1024
+
+
+@pytest.mark.gpu
+def test_candidates_at_the_limit_take_masks() -> None:
+    given, mask = operands("cuda", 130, 256, 4, 2, 128, torch.float16), torch.rand(130, 256, device="cuda") > 0.4
+    mask[:, 0] = True
+    limit = attention.shared_bytes_on(given[0].device)
+    found = attention.candidates(130, 256, 128, torch.float16, masked=True, limit=limit)
+    largest = sorted(found, key=lambda c: attention.shared_bytes(c, 256, 128, torch.float16, masked=True))[-4:]
+    for config in largest:
+        close(*given, config, mask=mask)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [(577, 577, 64), (197, 197, 64), (128, 128, 32), (70, 150, 128), (70, 70, 256)])

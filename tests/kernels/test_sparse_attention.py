@@ -60,6 +60,21 @@ def test_numbers(device: str, sizes: tuple[int, int, int], scale: float | None) 
     assert_right(kernels.sparse_attention(*given, allowed, scale), given, allowed, scale)
 
 
+def test_the_definition_has_zeros_whatever_pytorch_gives(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's kernel in PyTorch 2.11 lowers the scores of pairs that are not allowed by 65504, and no more."""
+    given, allowed, real = operands(device), band(device), torch.nn.functional.scaled_dot_product_attention
+
+    def as_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        lowered = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -65504.0)
+        return real(query, key, value, lowered, **options)
+
+    expected = meaning(*given, allowed)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_cudnn)
+    result = meaning(*given, allowed)
+    torch.testing.assert_close(result, expected)
+    assert not result[:, 5].any()
+
+
 def test_packed_operands_of_several_batch_sizes(device: str) -> None:
     allowed = band(device)
     for batch in (1, 2, 5):

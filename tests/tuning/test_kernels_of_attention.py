@@ -15,6 +15,7 @@ from fake_problems import ENVIRONMENT, GPU
 from torch import Tensor
 
 from accelkit import ops
+from accelkit.kernels import attention
 from accelkit.ops import attention_choice, attention_kinds
 from accelkit.ops.attention_choice import AttentionChoice, AttentionProblem, chosen
 from accelkit.tuning import files, kernels_of_attention
@@ -57,6 +58,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
     monkeypatch.setattr(attention_choice, "refusal_of", made.refusal_of)
     monkeypatch.setattr(attention_kinds, "without_xformers", lambda: "not installed")
     monkeypatch.setattr(attention_choice, "dependent_launch_on", lambda device: False)
+    monkeypatch.setattr(attention, "shared_bytes_on", lambda device: 227 * 1024)
     monkeypatch.setattr(files, "environment_of", lambda device: ENVIRONMENT)
     chosen.forget()
     yield made
