@@ -62,7 +62,12 @@ def _make(allowed: Tensor, kind: _Key) -> Callable[..., Tensor]:
     blocks = block_mask(allowed)
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        return flex_attention(query, key, value, block_mask=blocks, scale=scale, enable_gqa=heads != key_heads)
+        return flex_attention(
+            query, key, value, block_mask=blocks, scale=scale, enable_gqa=heads != key_heads,
+            # not the decoding kernel, which PyTorch takes for a batch of 1 and fewer than 128 queries: where heads are grouped
+            # it may find none of its own configurations to fit (PyTorch 185349, mended after 2.11)
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True},
+        )  # fmt: skip
 
     # PyTorch counts compilations, and remembers which sizes change, by a function's code: each of these gets its own.
     name = f"sparse_attention_{'x'.join(map(str, (*allowed.shape, heads, key_heads, width)))}_{str(dtype)[6:]}_{id(blocks)}"

@@ -60,9 +60,17 @@ def test_numbers(device: str, sizes: tuple[int, int, int], scale: float | None) 
     assert_right(kernels.sparse_attention(*given, allowed, scale), given, allowed, scale)
 
 
+def test_few_grouped_queries_of_one_batch(device: str) -> None:
+    """Where PyTorch would take its decoding kernel."""
+    given, allowed = operands(device, 4, 2, 32, length=100), band(device, 100)
+    given = [t[:1] for t in given]
+    assert_right(kernels.sparse_attention(*given, allowed), given, allowed)
+
+
 def test_the_definition_has_zeros_whatever_pytorch_gives(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's kernel in PyTorch 2.11 lowers the scores of pairs that are not allowed by 65504, and no more."""
-    given, allowed, real = operands(device), band(device), torch.nn.functional.scaled_dot_product_attention
+    given, allowed = [t.float() for t in operands(device)], band(device)
+    real = torch.nn.functional.scaled_dot_product_attention
 
     def as_cudnn(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
         lowered = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -65504.0)
