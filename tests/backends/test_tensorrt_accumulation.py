@@ -27,7 +27,7 @@ from accelkit.backends.tensorrt.accumulation import (
 from accelkit.backends.tensorrt.judging import require_precision
 from accelkit.backends.tensorrt.kernel_names import sums_in
 from accelkit.backends.tensorrt.manifest import Manifest
-from accelkit.backends.tensorrt.products import Product, holds_products, linear_products, summed_in_float32
+from accelkit.backends.tensorrt.products import Product, holds_products, linear_products, structure, summed_in_float32
 from accelkit.backends.tensorrt.proof import Layer, Proof
 from accelkit.errors import LoweringError
 from accelkit.onnx_export import export_onnx
@@ -121,7 +121,7 @@ class Judge:
         return [OutputError("y", results[0], 1e-3, 2e-3)]
 
 
-def chosen(errors: Sequence[float | LoweringError], judge: Any = Judge) -> tuple[Fake, list[str]]:
+def chosen(errors: Sequence[float | LoweringError], judge: Any = Judge, first: int = 0) -> tuple[Fake, list[str]]:
     built: list[str] = []
     products = [Product("q", 768, 768), Product("fc1", 768, 3072), Product("fc2", 3072, 768)]
 
@@ -133,12 +133,15 @@ def chosen(errors: Sequence[float | LoweringError], judge: Any = Judge) -> tuple
         return Fake(error)
 
     x = torch.zeros(1)
-    return most_accurate(levels(products), build, judge, [x], lambda engine: 3.25), built
+    engine, place = most_accurate(list(levels(products)), build, judge, [x], lambda engine: 3.25, first)
+    assert list(levels(products))[place].words in built
+    return engine, built
 
 
 @pytest.fixture(autouse=True)
 def _no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accumulation, "_TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(backend, "_NEEDED", {})
 
 
 def test_what_is_accurate_enough_is_taken_as_it_is() -> None:
@@ -170,6 +173,23 @@ def test_a_level_that_cannot_be_built() -> None:
     assert engine.notes[1] == "sums of more than 2048 terms in float32: not built (no kernel obeys)"
     with pytest.raises(LoweringError, match="as it likes"):
         chosen([LoweringError("as it likes")])
+
+
+def test_layers_of_one_structure_begin_where_the_first_one_ended() -> None:
+    engine, built = chosen([1.2e-3], first=2)
+    assert built == ["sums of layers that widen or narrow in float32"]
+    assert (
+        engine.notes[0] == "sums as TensorRT likes: not tried, a part of the same structure was not accurate enough so"
+    )
+    engine, built = chosen([2.4e-3, 1.2e-3], first=2)
+    assert (engine.error, len(built)) == (1.2e-3, 2)
+
+
+def test_structure_is_the_same_for_other_weights() -> None:
+    x = torch.randn(2, 5, 32).half()
+    one, same = (structure(export_onnx(trace(Mlp().half(), x), opset=18)) for _ in range(2))
+    assert one == same
+    assert structure(export_onnx(trace(Mlp().half(), x[:1]), opset=18)) != one
 
 
 def test_what_has_no_float64_form_is_told() -> None:
@@ -242,13 +262,17 @@ def test_auto_measures_and_keeps_what_it_found(machine: Machine, monkeypatch: py
     jobs = []
     build = backend.build_plan
     monkeypatch.setattr(backend, "build_plan", lambda job, **how: jobs.append(job) or build(job, **how))
-    monkeypatch.setattr(accumulation, "MARGIN", 0.0)
+    shares = iter([2.0, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(accumulation, "share", lambda errors: next(shares))
     target = TensorRT(cuda_graph=False)
     engine = target.compile(graph, [x], CompileContext(FP16))
     assert [len(job.keep_fp32) for job in jobs] == [0, 2]
     notes = engine.describe().notes
     assert any(note.startswith("sums as TensorRT likes: error") for note in notes)
     assert any(note.startswith("sums of layers that widen or narrow in float32 (2): error") for note in notes)
+    again = target.compile(mlp()[0], [x], CompileContext(FP16))
+    assert [len(job.keep_fp32) for job in jobs] == [0, 2, 2], "as TensorRT likes is not tried again"
+    assert any("not tried, a part of the same structure" in note for note in again.describe().notes)
     monkeypatch.setattr(backend, "build_plan", None)
     loaded = target.load(engine.serialize(), graph, [x], CompileContext(FP16))
     assert [n for n in loaded.describe().notes if "sums " in n] == [n for n in notes if "sums " in n]

@@ -130,47 +130,57 @@ def _copied(value: Any) -> Any:
 
 
 def most_accurate(
-    tries: Iterator[Level],
+    tries: Sequence[Level],
     build: Callable[[Level], E],
     yardstick: Callable[[], Yardstick],
     inputs: Sequence[torch.Tensor],
     seconds: Callable[[E], float],
-) -> E:
+    first: int = 0,
+) -> tuple[E, int]:
     """Build until an engine is accurate enough; it has a note of each try.
 
     Args:
         build: the engine of a level. A level after the first that TensorRT cannot build is noted and left out.
         yardstick: made after the first engine.
         seconds: that an engine took to build.
+        first: the level to begin with: what a part of the same structure needed (`structure`).
+
+    Returns:
+        the engine, and its level's place in `tries`.
+
+    Raises:
+        LoweringError: the first level cannot be built.
     """
-    best = build(next(tries))
+    best, place = build(tries[first]), first
     try:
         judge = yardstick()
     except (RuntimeError, NotImplementedError, TypeError) as failure:
         best.note(f"what fp16 products are summed in was not judged: {_first_line(failure)}")
-        return best
+        return best, place
     found = judge.of(best(*inputs))
     if not found:
-        return best
-    said = [f"{AS_IT_LIKES.words}: {_told(found)}, {_times(best, inputs, seconds)}"]
+        return best, place
+    said = [f"{AS_IT_LIKES.words}: not tried, a part of the same structure was not accurate enough so"] if first else []
+    said.append(_told(tries[first], found, best, inputs, seconds))
     error = share(found)
-    for level in tries if error > MARGIN else ():
+    for later in range(first + 1, len(tries)):
+        if error <= MARGIN:
+            break
+        level = tries[later]
         try:
             engine = build(level)
         except LoweringError as failure:
             said.append(f"{level.words}: not built ({_first_line(failure)})")
             continue
         found = judge.of(engine(*inputs))
-        said.append(f"{level.words} ({len(level.nodes)}): {_told(found)}, {_times(engine, inputs, seconds)}")
+        said.append(_told(level, found, engine, inputs, seconds))
         if share(found) < error:
-            best, error = engine, share(found)
+            best, place, error = engine, later, share(found)
         del engine  # its memory, before the next one is built
-        if error <= MARGIN:
-            break
     if error > MARGIN:
         said.append("none of these is within 1.8 times plain PyTorch's error: the most accurate was taken")
     best.note(*said)
-    return best
+    return best, place
 
 
 def share(errors: Sequence[OutputError]) -> float:
@@ -184,17 +194,20 @@ def _share(one: OutputError) -> float:
     return one.error / one.allowed if one.allowed else math.inf
 
 
-def _told(errors: Sequence[OutputError]) -> str:
+def _told(
+    level: Level,
+    errors: Sequence[OutputError],
+    engine: E,
+    inputs: Sequence[torch.Tensor],
+    seconds: Callable[[E], float],
+) -> str:
     worst = max(errors, key=_share)
-    if not worst.yardstick:
-        return f"error {worst.error:.2e}"
-    return f"error {worst.error:.2e}, {worst.error / worst.yardstick:.2f} times plain PyTorch's"
-
-
-def _times(engine: E, inputs: Sequence[torch.Tensor], seconds: Callable[[E], float]) -> str:
     device = next((t.device for t in inputs), torch.device("cpu"))
     timing = interleaved({"": lambda: engine(*inputs)}, seconds=_TIMED_SECONDS, device=device)[""]
-    return f"{timing.median_ms:.3g} ms, built in {seconds(engine):.3g} s"
+    count = f" ({len(level.nodes)})" if level.nodes else ""
+    beside = f", {worst.error / worst.yardstick:.2f} times plain PyTorch's" if worst.yardstick else ""
+    built = f"{timing.median_ms:.3g} ms, built in {seconds(engine):.3g} s"
+    return f"{level.words}{count}: error {worst.error:.2e}{beside}, {built}"
 
 
 def _first_line(error: Exception) -> str:

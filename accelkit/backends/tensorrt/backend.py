@@ -34,12 +34,15 @@ from accelkit.backends.tensorrt.manifest import Manifest, sha256
 from accelkit.backends.tensorrt.network import Network, network_of
 from accelkit.backends.tensorrt.obstacles import beyond_int32, obstacle
 from accelkit.backends.tensorrt.plugin_libraries import load_plugins
-from accelkit.backends.tensorrt.products import linear_products
+from accelkit.backends.tensorrt.products import linear_products, structure
 from accelkit.backends.tensorrt.runtime import log_of
 from accelkit.backends.tensorrt.versions import TACTIC_SOURCES
 from accelkit.errors import BackendUnavailableError, InputError, LoweringError
 from accelkit.onnx_fused import STANDARD
 from accelkit.precision import as_precision
+
+_NEEDED: dict[tuple[str, str], int] = {}
+"""By TensorRT's version and a part's structure: the level that such a part needed in this process (accumulation.levels)."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,11 @@ class TensorRT(Backend):
         if self.accumulate == "fp32":
             return build(everything(products))
         yardstick = functools.partial(Yardstick, graph, inputs, as_precision("fp16"))
-        return most_accurate(levels(products), build, yardstick, inputs, lambda e: e.manifest.seconds.get("total", 0.0))
+        part, tries = (str(tensorrt.__version__), structure(network.model)), list(levels(products))
+        engine, _NEEDED[part] = most_accurate(
+            tries, build, yardstick, inputs, lambda e: e.manifest.seconds.get("total", 0.0), _NEEDED.get(part, 0)
+        )
+        return engine
 
     def _leave_attention_to_pytorch(
         self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], tensorrt: Any, context: CompileContext

@@ -9,6 +9,7 @@ products are held in float32 by name instead.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 from accelkit.onnx_weights import all_nodes
@@ -48,6 +49,17 @@ def linear_products(model: onnx.ModelProto) -> list[Product]:
                 terms, columns = columns, terms
             found.append(Product(node.name, terms, columns))
     return found
+
+
+def structure(model: onnx.ModelProto) -> str:
+    """A hash of the operators, in order, and of the weights' sizes: the layers of a model that repeats one have it in common."""
+    digest = hashlib.sha256()
+    for node in model.graph.node:
+        digest.update(node.op_type.encode() + b"".join(a.SerializeToString(deterministic=True) for a in node.attribute))
+    digest.update(repr(sorted((i.data_type, *i.dims) for i in model.graph.initializer)).encode())
+    for value in model.graph.input:
+        digest.update(value.type.SerializeToString(deterministic=True))
+    return digest.hexdigest()
 
 
 def holds_products(model: onnx.ModelProto, nodes: tuple[str, ...]) -> bool:
