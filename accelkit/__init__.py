@@ -28,6 +28,8 @@ from accelkit.pass_api import OnnxPass as OnnxPass
 from accelkit.pass_api import RewritePass as RewritePass
 from accelkit.persistence import load as load
 from accelkit.pipeline import optimize as optimize
+from accelkit.precision import Fp8 as Fp8
+from accelkit.precision import Int8 as Int8
 from accelkit.precision import Precision as Precision
 
 __version__ = "0.1.0"

@@ -139,7 +139,15 @@ class _Pass(ABC):
 
 
 class GraphPass(_Pass):
-    """A pass over the fx graph: the general case."""
+    """A pass over the fx graph: the general case.
+
+    Attributes:
+        calibrates: whether it quantises by what calibration inputs show: `optimize` leaves them for it just before `run`
+            (`accelkit.quantization.collect.Source.taken_from(graph)`), and plain PyTorch's run of the graph that it leaves is
+            what targets' errors are held to.
+    """
+
+    calibrates: ClassVar[bool] = False
 
     @property
     def changes_meaning(self) -> str | None:
