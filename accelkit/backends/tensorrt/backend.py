@@ -80,7 +80,7 @@ class TensorRT(Backend):
     tactic_sources: tuple[str, ...] | None = None
     refittable: bool = False
     accumulate: str = "auto"
-    attention: str = "auto"
+    attention: str = "engine"
     sparse_weights: bool = False
     time_limit_s: float | None = None
     max_aux_streams: int | None = None
