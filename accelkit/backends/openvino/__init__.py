@@ -4,6 +4,7 @@
 
     backend.py   the target: options, what it refuses, compile and load
     model.py     from the ONNX model and torch's tensors to a compiled model
+    quantised.py weights that the graph quantises, as int8 tensors
     proof.py     which precision each layer really got, read from the compiled model
     engine.py    runs it on tensors: a request per concurrent call, memory of torch's on both sides
 

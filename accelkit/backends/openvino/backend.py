@@ -17,6 +17,7 @@ from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 from accelkit.backends.openvino.engine import BLOB, OpenVinoEngine, Result
 from accelkit.backends.openvino.model import compile_model, core, ov_type, read_model
 from accelkit.backends.openvino.proof import layers, prove
+from accelkit.backends.openvino.quantised import leave_outside, with_quantised_weights
 from accelkit.culprits import culprits
 from accelkit.errors import BackendUnavailableError, InputError, LoweringError
 from accelkit.onnx_export import export_onnx, external_weights
@@ -130,9 +131,11 @@ class OpenVINO(Backend):
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
         self._require_available(context)
+        graph, quantised = with_quantised_weights(graph)
         context.progress("exporting to ONNX")
         try:
             model = export_onnx(graph, opset=self.opset)
+            leave_outside(model, quantised)
         except LoweringError as error:
             raise self._naming_culprits(graph, error) from error
         if context.onnx_passes:
@@ -162,7 +165,7 @@ class OpenVINO(Backend):
         expected = [str(n.name) for n in graph.graph.find_nodes(op="placeholder")]
         if [i.name for i in model.graph.input] != expected:
             raise LoweringError(f"the stored {BLOB} has inputs {[i.name for i in model.graph.input]}, not {expected}")
-        engine = self._engine(blobs[BLOB], model, graph)
+        engine = self._engine(blobs[BLOB], model, with_quantised_weights(graph)[0])
         engine(*inputs)
         return engine
 
