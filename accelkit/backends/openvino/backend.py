@@ -203,8 +203,9 @@ class OpenVINO(Backend):
                 f"weights of products ({shared_bytes} bytes) are packed from the model's memory, the others copied",
             ),
         )
-        dynamic = any(port.partial_shape.is_dynamic for port in compiled.inputs)
-        return OpenVinoEngine(compiled, data, shared, results, facts, dynamic)
+        inputs = graph.graph.find_nodes(op="placeholder")
+        dynamic = any(isinstance(size, torch.SymInt) for node in inputs for size in graphs.val(node).shape)
+        return OpenVinoEngine(compiled, data, [str(n.name) for n in inputs], shared, results, facts, dynamic)
 
     def _naming_culprits(self, graph: fx.GraphModule, error: LoweringError) -> LoweringError:
         """The same error with the operators that fail alone: they can run in PyTorch."""

@@ -31,7 +31,8 @@ class OpenVinoEngine(Engine):
     """An ov.CompiledModel.
 
     Args:
-        compiled: the model.
+        compiled: the model; inputs that nothing reads are not in it.
+        names: of the graph's inputs, in order.
         data: the ONNX model that it was made from, without its weights.
         shared: tensors whose memory it reads; they live as long as the engine.
         results: what each is.
@@ -40,12 +41,14 @@ class OpenVinoEngine(Engine):
     """
 
     def __init__(
-        self, compiled: Any, data: bytes, shared: Sequence[torch.Tensor],
+        self, compiled: Any, data: bytes, names: Sequence[str], shared: Sequence[torch.Tensor],
         results: Sequence[Result], facts: EngineFacts, dynamic: bool,
     ) -> None:  # fmt: skip
         self._compiled, self._data, self._shared, self._facts = compiled, data, shared, facts
         self._dynamic, self._results = dynamic, tuple(results)
-        self._names = [port.get_any_name() for port in compiled.inputs]
+        self._names = tuple(names)
+        ports = {name: index for index, port in enumerate(compiled.inputs) for name in port.names}
+        self._ports = [ports.get(name) for name in names]
         self._requests: deque[Any] = deque()
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -62,8 +65,9 @@ class OpenVinoEngine(Engine):
         except IndexError:
             request = self._compiled.create_infer_request()
         try:
-            for index, tensor in enumerate(given):
-                request.set_input_tensor(index, as_ov(tensor))
+            for port, tensor in zip(self._ports, given, strict=True):
+                if port is not None:
+                    request.set_input_tensor(port, as_ov(tensor))
             for index, (_, memory) in enumerate(results):
                 request.set_output_tensor(index, memory)
             request.infer()
