@@ -97,6 +97,8 @@ class Backend(_Pass):
             constants that a compiler looks into. 0 where `load` replaces those too.
         fused_operators: short names (`attention`) of the fused operators (`torch.ops.accelkit.*`, accelkit.ops) that `compile`
             takes; lowering gives it the others as their meanings, in ATen operators.
+        int8_activations: what its INT8 kernels multiply with int8 weights: "u8" (unsigned, with a zero point; most CPU kernels),
+            "s8" (signed), or None: what the scheme says.
         measures_pieces: whether a piece of a graph that runs in part in PyTorch is timed beside PyTorch, and given back to it
             where its engine is slower (accelkit.give_back).
         description: one sentence for tables.
@@ -105,6 +107,7 @@ class Backend(_Pass):
     precisions: ClassVar[tuple[str, ...]] = ("fp32",)
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     fused_operators: ClassVar[frozenset[str]] = frozenset()
+    int8_activations: ClassVar[str | None] = None
     measures_pieces: ClassVar[bool] = False
     description: ClassVar[str] = ""
 

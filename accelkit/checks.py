@@ -24,7 +24,8 @@ from accelkit.lowering import EngineStore, Lowered
 from accelkit.measure import Timing, interleaved
 from accelkit.pass_api import OpenResult
 from accelkit.pass_runner import PassRecord
-from accelkit.precision import Precision
+from accelkit.precision import FP32, Precision
+from accelkit.quantization.emulation import NOISY, Emulation, LayerNoise, layer_noise, outputs_of
 from accelkit.signature import Constant, TensorSpec
 from accelkit.tf32 import tensor_core_products
 from accelkit.twin import clone_inputs, no_fused_multi_head_attention, preserved
@@ -35,11 +36,13 @@ TIMING_SECONDS = 1.0
 
 @dataclass
 class Checked:
-    """What was found: each output's error, the timings, the example's inputs and results, and notes for the report."""
+    """What was found: each output's error, the timings, the example's inputs and results, int8 layers' noise, and notes for
+    the report."""
 
     accuracy: list[OutputError] = field(default_factory=list)
     timings: dict[str, Timing] = field(default_factory=dict)
     samples: tuple[tuple[torch.Tensor, ...], tuple[Any, ...]] = ((), ())
+    layers: list[LayerNoise] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -76,6 +79,10 @@ def check(
         raise
     checked.samples = (program.inputs, _apart(results, program))
     random = [n.name for n in graph.graph.nodes if graphs.is_random(n)]
+    if not random:
+        for emulation in (r.emulation for r in ledger if r.emulation is not None):
+            with preserved(*owners):
+                checked.layers += layer_noise(emulation, program.inputs)
     remembered = store.recall(program, lowered, tolerance, results) if not random else None
     if remembered is not None:
         checked.accuracy, checked.timings, checked.notes = remembered
@@ -133,6 +140,9 @@ def _judge(
     if model is not None and tolerance is None and any(map(_far, own, reference)):
         _require_same_program(program, own, names, owners)
     _tell_non_finite(checked.notes, program, reference)
+    for emulation in (r.emulation for r in ledger if r.emulation is not None):
+        with preserved(*owners):
+            plain = _emulated(emulation, program, reference, own, names, tolerance, checked.notes)
     for change in changes:
         reference, plain, note = follow(change, program.inputs, reference, plain, names, precision, tolerance)
         checked.notes.append(note)
@@ -154,6 +164,37 @@ def _judge(
             f"the compiled model is further from float64 than allowed: {listed}. Use a wider precision, keep the operators that "
             "need it in fp32, or allow more with tolerance=..."
         )
+
+
+def _emulated(
+    emulation: Emulation,
+    program: Program,
+    reference: Sequence[Any],
+    own: Sequence[Any],
+    names: Sequence[str],
+    tolerance: float | None,
+    notes: list[str],
+) -> Sequence[Any]:
+    """The quantised graph's outputs in plain PyTorch, once what they were made from is proved to be the model."""
+    before = reference_outputs(emulation.before, program.inputs)
+    if wrong := [o for o in check_outputs(before, reference, own, names, FP32, tolerance) if not o.ok]:
+        listed = ", ".join(f"{o.name} is off by {o.error:.2e} (allowed {o.allowed:.2e})" for o in wrong)
+        raise AccuracyError(f"the passes before {emulation.by} compute something else than the model: {listed}")
+    emulated = outputs_of(emulation.after, program.inputs)
+    pairs = zip(names, emulated, reference, strict=True)
+    errors = {name: relative_error(e, r) for name, e, r in pairs if isinstance(e, torch.Tensor)}
+    listed = ", ".join(f"{name} {error:.2e}" for name, error in errors.items())
+    notes.append(f"quantised in plain PyTorch, which the target is held to: error against float64 {listed}")
+    worst = max(errors.values(), default=0.0)
+    advice = (
+        "give more calibration data, another calibrator (MSE(), Entropy()) or scheme (ft1, qdq), or keep=(...) the layers that "
+        "the report shows with the least signal-to-noise ratios"
+    )
+    if tolerance is None and worst >= 1.0:
+        raise AccuracyError(f"quantised, the model's results are worse than zeros (relative error {listed}): {advice}")
+    if worst >= NOISY:
+        warn(f"quantised, the model's results are off by {listed}: {advice}")
+    return emulated
 
 
 def _where_kept(one: OpenResult, program: Program) -> torch.Tensor:

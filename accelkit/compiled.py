@@ -37,6 +37,7 @@ from accelkit.twin import same_buffers, version
 if TYPE_CHECKING:
     from accelkit.overflow import Measured
     from accelkit.pipeline import Plan
+    from accelkit.quantization import Calibration
 
 _MAX_ROUTES = 4096
 _MAX_REASONS = 100  # each uncovered shape is a reason of its own
@@ -52,6 +53,7 @@ class Variant:
         lowered: what runs.
         samples: the example's inputs (flat tensors) and the results that were checked, for artifacts.
         ranges: what passes were told of the values' ranges, for artifacts.
+        calibration: what an int8 build was quantised by, for artifacts and for other builds.
     """
 
     label: str
@@ -59,6 +61,7 @@ class Variant:
     lowered: Lowered
     samples: tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]
     ranges: tuple[Measured, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def signature(self) -> Signature:
@@ -269,6 +272,11 @@ class CompiledModel:
     def report(self) -> Report:
         """What was captured, rewritten, refused and why, lowered where, how wrong, how fast."""
         return self._built.report if self._built is not None else self._plan.empty_report()
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What an int8 build was quantised by: to save, draw, and use again. None for other precisions."""
+        return self._require_built("calibration").variants[0].calibration
 
     def stats(self) -> dict[str, Any]:
         """Calls so far: in all, by variant, those of them that were padded to it, how each variant's engines ran theirs (where

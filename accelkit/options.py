@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelkit.backend_api import Backend
 from accelkit.capture import Program
 from accelkit.errors import AccelkitError, BackendUnavailableError, InputError
 from accelkit.pass_api import GraphPass, OnnxPass
-from accelkit.precision import Precision
+from accelkit.precision import Int8, Precision
 from accelkit.signature import TensorSpec
 
 AUTO_ORDER = {"cpu": ("onnxruntime", "inductor", "eager"), "cuda": ("fastertransformer", "inductor", "eager")}
@@ -87,6 +88,13 @@ def resolve_backend(target: str | Backend, precision: Precision, device: str) ->
     if (reason := backend.unavailable()) is not None:
         raise BackendUnavailableError(f"target {backend.name!r} cannot run here: {reason}")
     return backend
+
+
+def as_kernels_want(precision: Precision, backend: Backend) -> Precision:
+    """The precision with the backend's choices where the caller left them open."""
+    if isinstance(precision, Int8) and precision.activations is None:
+        return dataclasses.replace(precision, activations=backend.int8_activations)
+    return precision
 
 
 def _has(name: str, precision: Precision, device: str) -> bool:
@@ -162,6 +170,7 @@ def sizes_of(program: Program, sizes: dict[str, int]) -> tuple[torch.Tensor, ...
 __all__ = [
     "AUTO_ORDER",
     "TensorSpec",
+    "as_kernels_want",
     "canonical_example",
     "device_type",
     "resolve_backend",

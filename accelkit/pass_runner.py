@@ -31,6 +31,7 @@ from accelkit import graph as graphs
 from accelkit.changed_meaning import MeaningChange, snapshot
 from accelkit.errors import AccelkitError, PassError
 from accelkit.pass_api import GraphPass, OnnxPass, OpenResult, PassResult, Refusal
+from accelkit.quantization.emulation import Emulation
 
 if TYPE_CHECKING:
     import onnx
@@ -48,6 +49,7 @@ class PassRecord:
         seconds: time taken, the invariants' checks included.
         open: where outputs are not the model's own, by the pass's design; not kept in files.
         meaning: how the pass changed what the graph computes, where that is its design; not kept in files.
+        emulation: the graph before and after a pass that quantises; not kept in files.
     """
 
     name: str
@@ -58,10 +60,11 @@ class PassRecord:
     seconds: float
     open: tuple[OpenResult, ...] = field(default=(), repr=False, compare=False)
     meaning: MeaningChange | None = field(default=None, repr=False, compare=False)
+    emulation: Emulation | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        fields = asdict(replace(self, open=(), meaning=None))
-        del fields["open"], fields["meaning"]
+        fields = asdict(replace(self, open=(), meaning=None, emulation=None))
+        del fields["open"], fields["meaning"], fields["emulation"]
         return fields
 
 
@@ -114,7 +117,7 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
     started = time.perf_counter()
     before, nodes_before = _facts(graph), count_operators(graph)
     calls = {node: (node.target, node.args, node.kwargs) for node in graph.graph.nodes}
-    original = snapshot(graph) if one.changes_meaning is not None else None
+    original = snapshot(graph) if one.changes_meaning is not None or one.calibrates else None
     try:
         result = one.run(graph)
     except AccelkitError:
@@ -133,12 +136,14 @@ def _run_one(graph: fx.GraphModule, one: GraphPass) -> PassRecord:
         raise PassError(f"pass {one} changed {touched[0].name} but reports no rewrite; call result.rewrote(...)")
     infer(graph, [n for n in changed if not _same_call(calls.get(n), n)], one)
     _compare(before, _facts(graph), one)
-    meaning = None
-    if original is not None and result.changed:
+    meaning = emulation = None
+    if original is not None and result.changed and one.changes_meaning is not None:
         meaning = MeaningChange(one.name, str(one), str(one.changes_meaning), original, snapshot(graph))
+    if original is not None and result.changed and one.calibrates:
+        emulation = Emulation(str(one), original, snapshot(graph))
     return PassRecord(
         str(one), tuple(result.rewrites), tuple(result.refusals), nodes_before, count_operators(graph),
-        time.perf_counter() - started, tuple(result.open), meaning,
+        time.perf_counter() - started, tuple(result.open), meaning, emulation,
     )  # fmt: skip
 
 

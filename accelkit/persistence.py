@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from accelkit.overflow import Measured
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.precision import Precision, as_precision
 from accelkit.progress import Progress
+from accelkit.quantization import Calibration
 from accelkit.store import Findings, open_store
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
         "program": lambda stream: write_program(stream, program.exported_with_weights()),
         "samples": lambda stream: write_tensors(stream, _samples(built)),
     }
+    calibrations = {v.label: (f"calibrations/{i}", v.calibration) for i, v in enumerate(built.variants)}
+    members.update({name: c.write for name, c in calibrations.values() if c is not None})
     engines: dict[str, dict[str, str]] = {}
     for variant in built.variants:
         for key, blobs in variant.lowered.serialized(except_for=engines):
@@ -78,7 +82,7 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
         "versions": versions(),
         "model": plan.model_name,
         "backend": value_to_json(plan.backend),
-        "precision": plan.precision.name,
+        "precision": plan.precision.to_json(),
         "passes": [*map(value_to_json, plan.graph_passes), *map(value_to_json, plan.onnx_passes)],
         "buckets": {name: list(sizes) for name, sizes in plan.buckets.items()} if plan.buckets else None,
         "tolerance": plan.tolerance,
@@ -87,6 +91,7 @@ def save(plan: Plan, built: Built, path: str | Path) -> None:
         "engines": engines,
         "variants": [v.label for v in built.variants],
         "ranges": {v.label: [m.to_json() for m in v.ranges] for v in built.variants},
+        "calibrations": {label: name for label, (name, c) in calibrations.items() if c is not None},
         "report": built.report.to_json(),
     }
     write(path, manifest, members)
@@ -121,7 +126,7 @@ def value_to_json(value: Backend | GraphPass | OnnxPass) -> dict[str, Any]:
 
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Precision):
-        return {"precision": value.name}
+        return {"precision": value.to_json()}
     if isinstance(value, Pattern):
         return value.to_json()
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -189,6 +194,10 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         ranges = {
             label: [Measured.from_json(one) for one in some] for label, some in manifest.get("ranges", {}).items()
         }
+        calibrations = {
+            label: Calibration.read(io.BytesIO(artifact.member(name)), f"{name} in {path}")
+            for label, name in manifest.get("calibrations", {}).items()
+        }
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtifactError(
             f"{path}: the manifest is incomplete ({type(error).__name__}: {error}); save it again"
@@ -202,7 +211,9 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
         )
     store = ArtifactStore(artifact, samples, plan.store)
     fallback = ProgramModule(program)
-    as_saved = dataclasses.replace(plan, known_ranges=ranges)  # a refit's weights have others
+    as_saved = dataclasses.replace(
+        plan, known_ranges=ranges, known_calibrations=calibrations
+    )  # a refit's weights have others
     with plan.progress.running(f"loading {plan.model_name}"):
         try:
             built = dataclasses.replace(as_saved, store=store).build_program(program, 0.0, None)

@@ -24,12 +24,21 @@ from accelkit.dims import Dim
 from accelkit.errors import AccelkitError, CaptureError, InputError, LoweringError, warn
 from accelkit.lowering import EngineStore, lower
 from accelkit.measure import peak_memory
-from accelkit.options import canonical_example, device_type, resolve_backend, resolve_passes, sizes_of
+from accelkit.options import (
+    as_kernels_want,
+    canonical_example,
+    device_type,
+    resolve_backend,
+    resolve_passes,
+    sizes_of,
+)  # fmt: skip
 from accelkit.overflow import Measured, RangeFinder
 from accelkit.pass_api import GraphPass, OnnxPass
 from accelkit.pass_runner import count_operators, run_passes
-from accelkit.precision import Precision, as_precision
+from accelkit.precision import Int8, Precision, as_precision, needs_calibration
 from accelkit.progress import Progress
+from accelkit.quantization import Calibration as Seen
+from accelkit.quantization.collect import Source
 from accelkit.report import PieceReport, Report, VariantReport
 from accelkit.size_one import without_wrong_ones
 from accelkit.store import open_store
@@ -46,7 +55,7 @@ def optimize(
     passes: Iterable[GraphPass | OnnxPass | str] | None = None,
     dynamic_shapes: Any = None,
     buckets: Mapping[str, Sequence[int]] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Seen | None = None,
     tolerance: float | None = None,
     fallback: bool = True,
     cache: bool = True,
@@ -59,14 +68,16 @@ def optimize(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; None: the first call is
             the example.
         target: a backend's name or value (`OnnxRuntime(threads=2)`); "auto": the first one available, see `accelkit targets`.
-        precision: "fp32", "bf16", "fp16" or a Precision value. Inputs and outputs keep the model's own dtypes.
+        precision: "fp32", "bf16", "fp16", "int8" or a Precision value such as `Int8(scheme="ft2")`. Inputs and outputs keep the
+            model's own dtypes.
         passes: None for the default pipeline, or passes (values or names) in the order they shall run.
         dynamic_shapes: by input name and dimension: `{"input_ids": {0: accelkit.Dim("batch", max=64)}}`.
         buckets: sizes of dynamic dimensions to build separate engines for: `{"batch": (1, 8)}`; None: one engine for all. A
             batch in between runs in the larger one where rows are proved independent and that measured faster (the report
             says so).
-        calibration: an iterable of inputs (a DataLoader will do), each as `example_inputs`: for fp16, whose overflow is
-            then looked for on them as well as on the example. It is gone through at each build and refit, one batch at a time.
+        calibration: an iterable of inputs (a DataLoader will do), each as `example_inputs`: for int8, whose ranges come from
+            them; for fp16, whose overflow is then looked for on them as well as on the example. It is gone through at each build
+            and refit, one batch at a time. For int8 also a `quantization.Calibration`, collected before.
         tolerance: largest relative error allowed against float64; None: twice plain PyTorch's own in this precision.
         fallback: inputs that no engine covers run on the original model, counted in `stats()`; False: an InputError.
         cache: keep compiled engines on disk and reuse them.
@@ -110,6 +121,7 @@ class Plan:
     progress: Progress = field(default_factory=Progress)
     calibration: Calibration | None = None
     known_ranges: Mapping[str, Sequence[Measured]] = field(default_factory=dict)  # by label: of a saved model
+    known_calibrations: Mapping[str, Seen] = field(default_factory=dict)  # the same; "" is for all labels
 
     def empty_report(self) -> Report:
         return Report(self.model_name, str(self.backend), str(self.precision))
@@ -123,6 +135,11 @@ class Plan:
             except CaptureError as refusal:
                 from accelkit.dynamo import build_in_pieces
 
+                if needs_calibration(self.precision):
+                    raise InputError(
+                        f"{self.precision} needs calibration, whose batches are inputs of the whole model, and {self.model_name} "
+                        f"can be captured in pieces at best ({refusal}). Int8(scheme='dynamic') needs none"
+                    ) from refusal
                 return build_in_pieces(self, refusal, args, kwargs)
             program, notes = without_wrong_ones(program, self.twin)
             return self.build_program(program, stage.seconds, self.twin, notes)
@@ -159,8 +176,13 @@ class Plan:
         found = VariantReport(label, program.signature.coverage(), count_operators(program.graph))
         graph = copy_graph(program.graph)
         ranges = RangeFinder(graph, lambda: self._batches(program, whole, sizes), self.known_ranges.get(label, ()))
+        seen = self.known_calibrations.get(label) or self.known_calibrations.get("")
+        batches = None
+        if (given := self.calibration) is not None:
+            batches = lambda: given.through(program, whole, sizes)  # noqa: E731
+        source = Source(graph, batches, seen, self.progress.say)
         with peak_memory() as memory:
-            variant = self._lower_and_check(label, program, model, found, graph, ranges)
+            variant = self._lower_and_check(label, program, model, found, graph, ranges, source)
         found.peak_memory_bytes = memory.peak_bytes - memory.before_bytes
         return variant, found
 
@@ -178,10 +200,16 @@ class Plan:
         found: VariantReport,
         graph: fx.GraphModule,
         ranges: RangeFinder,
+        source: Source,
     ) -> Variant:
+        def before(one: GraphPass) -> None:
+            ranges.prepare(one)
+            if one.calibrates:
+                source.leave()
+
         with self.progress.stage("passes", found.seconds):
             try:
-                found.ledger += run_passes(graph, self.graph_passes, ranges.prepare)
+                found.ledger += run_passes(graph, self.graph_passes, before)
             except AccelkitError:
                 raise
             except Exception:  # the graph, run for its ranges, fails on the example
@@ -191,7 +219,11 @@ class Plan:
             found.seconds["passes"] -= ranges.seconds
             found.seconds["ranges"] = ranges.seconds
         found.notes += ranges.notes
-        if self.calibration is not None:
+        if source.used is not None:
+            found.seconds["passes"] -= source.seconds
+            found.seconds["calibration"] = source.seconds
+            found.notes.append(f"{self.precision}: ranges are from {source.told()}")
+        elif self.calibration is not None:
             found.notes.append(
                 self.calibration.note() if ranges.ran else "calibration is not used: no pass asked for ranges"
             )
@@ -208,7 +240,7 @@ class Plan:
         with self.progress.stage("checks", found.seconds):
             checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, found.ledger)
         _tell(found, checked, str(self.backend))
-        return Variant(label, program, lowered, checked.samples, tuple(ranges.measured))
+        return Variant(label, program, lowered, checked.samples, tuple(ranges.measured), source.used)
 
     def _bucket_sizes(self, program: Program) -> list[tuple[str, dict[str, int]]]:
         if not self.buckets:
@@ -232,7 +264,7 @@ def make_plan(
     passes: Iterable[GraphPass | OnnxPass | str] | None = None,
     dynamic_shapes: Any = None,
     buckets: Mapping[str, Sequence[int]] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Seen | None = None,
     tolerance: float | None = None,
     fallback: bool = True,
     cache: bool = True,
@@ -244,10 +276,23 @@ def make_plan(
     require_usable(model)
     wanted = as_precision(precision)
     backend = resolve_backend(target, wanted, device or device_type(model))
+    wanted = as_kernels_want(wanted, backend)
     graph_passes, onnx_passes = resolve_passes(passes, wanted)
-    if calibration is not None and not wanted.overflows:
+    if calibration is not None and not wanted.takes_calibration:
         raise InputError(f"calibration is for precisions that need it; {wanted} does not. Leave calibration out")
-    batches = None if calibration is None else as_calibration(calibration)
+    known = {"": calibration} if isinstance(calibration, Seen) else {}
+    if known and not isinstance(wanted, Int8):
+        raise InputError(f"a collected Calibration is for int8; for {wanted} calibration is an iterable of inputs")
+    if calibration is None and needs_calibration(wanted):
+        raise InputError(
+            f"{wanted} needs calibration data: calibration=batches, an iterable of inputs (a DataLoader will do), or a collected "
+            "Calibration. Int8(scheme='dynamic') needs none"
+        )
+    if isinstance(wanted, Int8) and wanted.smooth is not None and one_shot(calibration):
+        raise InputError(
+            "Int8(smooth=...) goes through calibration twice, and this is an iterator: give a list or a DataLoader"
+        )
+    batches = None if calibration is None or known else as_calibration(calibration)
     if buckets is not None and one_shot(calibration):
         raise InputError("calibration is an iterator, and buckets go through it once each: give a list or a DataLoader")
     if tolerance is not None and not 0 <= tolerance < float("inf"):
@@ -258,7 +303,7 @@ def make_plan(
         )
     return Plan(
         eval_twin(model), type(model).__name__, backend, wanted, graph_passes, onnx_passes, store or open_store(cache),
-        dynamic_shapes, buckets, tolerance, fallback, Progress(progress), batches,
+        dynamic_shapes, buckets, tolerance, fallback, Progress(progress), batches, {}, known,
     )  # fmt: skip
 
 
@@ -268,7 +313,7 @@ def copy_graph(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _tell(found: VariantReport, checked: Checked, target: str) -> None:
-    found.accuracy, found.timings = checked.accuracy, checked.timings
+    found.accuracy, found.timings, found.layers = checked.accuracy, checked.timings, checked.layers
     found.notes += checked.notes
     slow = {"original", "compiled"} <= set(found.timings)
     if slow and found.timings["compiled"].slower_than(found.timings["original"]):

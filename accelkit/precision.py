@@ -126,10 +126,6 @@ class Int8(Precision):
     def takes_calibration(self) -> str:
         return "" if self.table.dynamic and self.smooth is None else "the ranges of activations"
 
-    @property
-    def needs_calibration(self) -> bool:
-        return bool(self.takes_calibration)
-
     def to_json(self) -> Any:
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
         return {"name": self.name, **options, "calibrator": self.calibrator.to_json(), "keep": list(self.keep)}
@@ -169,6 +165,11 @@ class Fp8(Precision):
 
 INT8 = Precision.known["int8"] = Int8()
 FP8 = Precision.known["fp8"] = Fp8()
+
+
+def needs_calibration(precision: Precision) -> bool:
+    """Whether nothing can be built without calibration data; fp16 does without."""
+    return bool(precision.takes_calibration) and isinstance(precision, (Int8, Fp8))
 
 
 def as_precision(value: Any) -> Precision:

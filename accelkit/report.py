@@ -17,11 +17,13 @@ from accelkit.backend_api import EngineFacts
 from accelkit.measure import Timing
 from accelkit.pass_api import Refusal
 from accelkit.pass_runner import PassRecord
+from accelkit.quantization.emulation import LayerNoise
 
 if TYPE_CHECKING:
     from accelkit.floor import Floor
 
 _SHOWN_REFUSALS = 8
+_SHOWN_LAYERS = 5
 
 
 @dataclass
@@ -49,6 +51,7 @@ class VariantReport:
         pieces: what runs in engines.
         torch_operators: operators that run in PyTorch.
         refusals: which, and why.
+        layers: of an int8 build, each quantised layer's signal-to-noise ratio in the emulation, all earlier ones quantised.
         accuracy: each output's error against float64; empty where it could not be checked (see notes).
         timings: `original` and `compiled`, interleaved.
         floor: the least time that this machine could take for the captured program (accelkit.floor); None where the rate of
@@ -65,6 +68,7 @@ class VariantReport:
     pieces: list[PieceReport] = field(default_factory=list)
     torch_operators: int = 0
     refusals: list[Refusal] = field(default_factory=list)
+    layers: list[LayerNoise] = field(default_factory=list)
     accuracy: list[OutputError] = field(default_factory=list)
     timings: dict[str, Timing] = field(default_factory=dict)
     floor: Floor | None = None
@@ -88,6 +92,7 @@ class VariantReport:
             "pieces": [p.to_json() for p in self.pieces],
             "torch_operators": self.torch_operators,
             "refusals": [asdict(r) for r in self.refusals],
+            "layers": [asdict(layer) for layer in self.layers],
             "accuracy": [a.to_json() for a in self.accuracy],
             "timings": {k: t.to_json() for k, t in self.timings.items()},
             "speedup": self.speedup,
@@ -164,6 +169,7 @@ def _variant_lines(variant: VariantReport) -> Iterable[str]:
     if variant.torch_operators or variant.refusals:
         yield f"  in PyTorch {variant.torch_operators} operators"
         yield from _refusal_lines(variant.refusals, "      ")
+    yield from _layer_lines(variant.layers)
     yield from _accuracy_lines(variant.accuracy)
     if variant.timings:
         faster = f", {variant.speedup:.2f} times as fast" if variant.speedup else ""
@@ -202,6 +208,14 @@ def _refusal_lines(refusals: Iterable[Refusal], indent: str) -> Iterable[str]:
         yield f"{indent}left alone: {where}: {reason}"
     if len(common) > _SHOWN_REFUSALS:
         yield f"{indent}... and {len(common) - _SHOWN_REFUSALS} more reasons in to_json()"
+
+
+def _layer_lines(layers: list[LayerNoise]) -> Iterable[str]:
+    if not layers:
+        return
+    worst = sorted(layers, key=lambda layer: layer.snr_db)[:_SHOWN_LAYERS]
+    listed = ", ".join(f"{layer.layer} {layer.snr_db:.1f}" for layer in worst)
+    yield f"  int8       {len(layers)} layers; the least signal-to-noise ratios, in dB: {listed}"
 
 
 def _accuracy_lines(accuracy: list[OutputError]) -> Iterable[str]:

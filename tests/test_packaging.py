@@ -39,6 +39,7 @@ PUBLIC = {
     "ops",
     "pass_api",
     "precision",
+    "quantization",
     "testing",
 }
 

@@ -23,7 +23,7 @@ class Eager(Backend):
     """PyTorch itself, on the optimised graph."""
 
     name: ClassVar[str] = "eager"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "fp16", "int8")
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     embeds_weights: ClassVar[bool] = False
     fused_operators: ClassVar[frozenset[str]] = frozenset(OPERATORS)

@@ -39,10 +39,15 @@ def _default_places() -> dict[str, str]:
     for name, precision in Precision.known.items():
         graph_passes, onnx_passes = resolve_passes(None, precision)
         pipelines[name] = [p.name for p in (*graph_passes, *onnx_passes)]
-    longest = max(pipelines.values(), key=len)
+    every: list[str] = []
+    for pipeline in sorted(pipelines.values(), key=len, reverse=True):
+        for before, name in zip(["", *pipeline], pipeline, strict=False):  # what only some have, behind its predecessor
+            if name not in every:
+                every.insert(every.index(before) + 1 if before else 0, name)
     places: dict[str, str] = {}
-    for name in dict.fromkeys(longest):
+    for name in every:
         having = [precision for precision, pipeline in pipelines.items() if name in pipeline]
+        longest = pipelines[max(having, key=lambda precision: len(pipelines[precision]))]
         numbers = ", ".join(str(i + 1) for i, other in enumerate(longest) if other == name)
         places[name] = numbers if len(having) == len(pipelines) else f"{numbers} ({', '.join(having)} only)"
     return places

@@ -12,7 +12,7 @@ import copy
 import operator
 import time
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
-from accelkit.ops.operator import Operator, operator_of
+from accelkit.ops.operator import operator_of
 from accelkit.pass_api import Refusal
-from accelkit.pass_runner import PassRecord, count_operators
+from accelkit.pass_runner import PassRecord, count_operators, fake_mode_of
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ def decompose(graph: fx.GraphModule, keep: Collection[str] = ()) -> Decompositio
         if fused.name in _WHOLE:
             done.whole[node] = _WHOLE[fused.name]
             continue
-        traced, given = _traced(node, fused)
+        traced, given = _traced(fused.meaning, node.args, node.kwargs)
         if (written := next((n for n in traced.nodes if graphs.is_mutating(n)), None)) is not None:
             done.whole[node] = f"its meaning writes to a tensor ({written.target}), so that it cannot be taken apart"
             continue
@@ -94,25 +94,58 @@ def decomposed_for(
     return copied, done.whole
 
 
-def _traced(node: fx.Node, fused: Operator) -> tuple[fx.Graph, list[fx.Node]]:
-    """The meaning as a graph, and the node that stands for each of its placeholders."""
+def inlined(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Any], arguments: Sequence[Any]) -> fx.Node:
+    """Put what `function` computes in the place of `node`, as ATen operators; returns the result's node.
+
+    Args:
+        graph: an accelkit graph, every argument with its fake tensor in `meta["val"]` (or inferable: see below).
+        function: of tensors and plain values, with one tensor as its result.
+        arguments: what it is called with: nodes, or plain values. Nodes that a pass has just made and that were not inferred
+            yet are inferred here.
+    """
+    mode = fake_mode_of(graph)
+    for argument in arguments:
+        if isinstance(argument, fx.Node):
+            _infer_new(graph, argument, mode)
+    traced, given = _traced(function, arguments, {}, mode)
+    result: fx.Node = _insert(node, traced, given)
+    _replace(node, result)
+    return result
+
+
+def _infer_new(graph: fx.GraphModule, node: fx.Node, mode: Any) -> None:
+    if graphs.val(node) is not None:
+        return
+    for source in node.all_input_nodes:
+        _infer_new(graph, source, mode)
+    if node.op == "get_attr":
+        node.meta["val"] = mode.from_tensor(graphs.attribute(graph, str(node.target)), static_shapes=True)
+    else:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), graphs.val)
+        node.meta["val"] = graphs.inferred(node.target, args, kwargs, mode)
+
+
+def _traced(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], mode: Any = None
+) -> tuple[fx.Graph, list[fx.Node]]:
+    """The function as a graph, and the node that stands for each of its placeholders."""
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx  # imports sympy
 
-    leaves, spec = pytree.tree_flatten((node.args, node.kwargs), is_leaf=lambda x: isinstance(x, fx.Node))
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)), is_leaf=lambda x: isinstance(x, fx.Node))
     given = [leaf for leaf in leaves if isinstance(leaf, fx.Node)]
 
-    def meaning(*values: Any) -> Any:
+    def called(*values: Any) -> Any:
         rest = iter(values)
         args, kwargs = pytree.tree_unflatten([next(rest) if isinstance(x, fx.Node) else x for x in leaves], spec)
-        return fused.meaning(*args, **kwargs)
+        return function(*args, **kwargs)
 
-    mode = next(v.fake_mode for v in map(graphs.val, given) if isinstance(v, FakeTensor))
+    mode = mode or next(v.fake_mode for v in map(graphs.val, given) if isinstance(v, FakeTensor))
     guards = mode.shape_env.suppress_guards() if mode.shape_env is not None else contextlib.nullcontext()
     with mode, torch.no_grad(), enable_python_dispatcher(), guards:
         # a tensor of its own for each argument: two nodes may carry one fake
         fakes = [v.detach() if isinstance(v, torch.Tensor) else v for v in map(graphs.val, given)]
-        traced = make_fx(meaning, pre_dispatch=True)(*fakes).graph
+        traced = make_fx(called, pre_dispatch=True)(*fakes).graph
     return traced, given
 
 

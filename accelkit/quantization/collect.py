@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,42 +48,44 @@ def model_digest(graph: fx.GraphModule, sites: Sequence[Site]) -> str:
 
 @dataclass
 class Source:
-    """The calibration of one graph.
+    """The calibration of one graph, for the pass that quantises it.
 
     Attributes:
-        digest: of the graph before anything was done to it.
+        graph: that the passes rewrite.
         batches: gives all calibration inputs, flat; None where there are none.
         known: an earlier calibration; then no batch is taken.
         said: told what is going on, for progress.
-        used: what the pass used, once it has.
+        used: what the pass used, once it has. seconds: spent on collecting it.
     """
 
-    digest: str
+    graph: fx.GraphModule
     batches: Callable[[], Iterable[Sequence[torch.Tensor]]] | None = None
     known: Calibration | None = None
     said: Callable[[str], None] = lambda words: None
     used: Calibration | None = None
+    seconds: float = 0.0
+    _digest: str = ""
     _channels: dict[str, torch.Tensor] = field(default_factory=dict)
     _alpha: float | None = None
 
-    @staticmethod
-    def of(
-        graph: fx.GraphModule,
-        batches: Callable[[], Iterable[Sequence[torch.Tensor]]] | None = None,
-        known: Calibration | None = None,
-        said: Callable[[str], None] = lambda words: None,
-    ) -> Source:
-        return Source(model_digest(graph, find_sites(graph)), batches, known, said)
-
-    def leave_for(self, graph: fx.GraphModule) -> None:
-        """Where the next pass that calibrates finds it."""
-        graph.meta[KEY] = self
+    def leave(self) -> None:
+        """Put it where the pass that runs next finds it."""
+        self.graph.meta[KEY] = self
 
     @staticmethod
     def taken_from(graph: fx.GraphModule) -> Source | None:
         """What was left for the pass, once; None where it runs outside of `optimize`."""
         found = graph.meta.pop(KEY, None)
-        return found if isinstance(found, Source) else None
+        if not isinstance(found, Source):
+            return None
+        found._digest = model_digest(graph, find_sites(graph))
+        return found
+
+    def told(self) -> str:
+        """Where the ranges are from, in words."""
+        assert self.used is not None
+        batches = f"{self.used.batches} batch{'' if self.used.batches == 1 else 'es'}"
+        return f"a calibration of {batches} collected before" if self.known is not None else f"{batches} of calibration"
 
     def smooth(self, graph: fx.GraphModule, sites: Sequence[Site], alpha: float) -> Smoothed:
         """SmoothQuant, in place.
@@ -94,9 +97,12 @@ class Source:
         self._alpha = alpha
         if self.known is not None:
             self._same_smoothing(alpha)
-            self._channels = dict(self.known.channels)
+            self._channels, self.used = dict(self.known.channels), self.known
         else:
-            self._channels, _ = observe_channels(graph, sites, self._batches("channels"))
+            started = time.perf_counter()
+            self._channels, number = observe_channels(graph, sites, self._batches("channels"))
+            self.seconds += time.perf_counter() - started
+            self.used = Calibration(self._digest, {}, number, self._channels, alpha)
         return smooth(graph, sites, self._channels, alpha)
 
     def histograms(self, graph: fx.GraphModule, sites: Sequence[Site], wanted: frozenset[str]) -> dict[str, Histogram]:
@@ -107,8 +113,10 @@ class Source:
         """
         self._require()
         if self.known is None:
+            started = time.perf_counter()
             found, number = observe(graph, sites, wanted, self._batches("calibration"))
-            self.used = Calibration(self.digest, found, number, self._channels, self._alpha)
+            self.seconds += time.perf_counter() - started
+            self.used = Calibration(self._digest, found, number, self._channels, self._alpha)
             return found
         self._same_smoothing(self._alpha)
         self.used = self.known
@@ -117,7 +125,7 @@ class Source:
     def _require(self) -> None:
         if self.known is None and self.batches is None:
             raise InputError("needs calibration data")
-        if self.known is not None and self.known.model != self.digest:
+        if self.known is not None and self.known.model != self._digest:
             raise InputError(
                 "the calibration is of another model, or of other weights or passes, than the one that is being quantised: "
                 "collect it again (Calibration.collect(model, batches))"
@@ -174,7 +182,9 @@ def collect(
         graph = copy_graph(program.graph)
         passes, _ = resolve_passes(None, as_precision("int8"))
         run_passes(graph, itertools.takewhile(lambda one: not one.calibrates, passes))
-        source = Source.of(graph, lambda: given.through(program, program, {}), None, shown.say)
+        source = Source(graph, lambda: given.through(program, program, {}), None, shown.say)
+        source.leave()
+        Source.taken_from(graph)
         sites = [s for s in find_sites(graph) if not any(s.matches(pattern) for pattern in keep)]
         if alpha is not None:
             source.smooth(graph, sites, alpha)

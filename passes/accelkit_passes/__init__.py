@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accelkit.precision import FP32, Precision, as_precision
+from accelkit.precision import FP32, Int8, Precision, as_precision
 
 if TYPE_CHECKING:
     from accelkit.attention_patterns import Pattern
@@ -34,6 +34,7 @@ DEFAULT: tuple[str, ...] = (
     "fuse_residual_layer_norm",
     "fuse_residual_rms_norm",
     "fuse_linear_activation",
+    "calibrate_int8",  # only in int8; behind the fusions: its layers are those that engines get
     "eliminate_dead_code",  # last on the fx graph: what the others left behind
     "onnx_optimizer",  # the ONNX-based targets run these two after the export
     "onnx_graph_surgeon",
@@ -64,11 +65,14 @@ def default_passes(
         names.insert(names.index("remove_padding" if remove_padding else "eliminate_dead_code"), "swap_attention")
     options: dict[str, dict[str, Any]] = {
         "set_precision": {"precision": precision},
+        "calibrate_int8": {"precision": precision},
         "swap_attention": {"kind": attention},
     }
     for name in names:
         if name == "set_precision" and precision.dtype is torch.float32:
             continue  # fp32 and tf32 are what the graph is in already
+        if name == "calibrate_int8" and not isinstance(precision, Int8):
+            continue
         class_name = "".join(word.capitalize() for word in name.split("_"))
         pass_type = getattr(import_module(f"{__name__}.{name}"), class_name)
         passes.append(pass_type(**options.get(name, {})))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import accelkit
 from accelkit import InputError, Int8
-from accelkit.precision import as_precision
+from accelkit.precision import as_precision, needs_calibration
 from accelkit.quantization import MSE, Entropy, Histogram, Max, Percentile
 from accelkit.quantization.calibrators import Calibrator, squared_error
 from accelkit.quantization.histogram import BINS
@@ -151,7 +151,8 @@ def test_precisions_are_values():
     assert str(Int8()) == "int8"
     assert repr(Int8("ft1", "max")) == "Int8(scheme='ft1', calibrator=Max())"
     assert value.keep == ("encoder.layer.11.*",)
-    assert not Int8("dynamic").needs_calibration
-    assert Int8("dynamic", smooth=0.5).needs_calibration
+    assert not needs_calibration(Int8("dynamic"))
+    assert needs_calibration(Int8("dynamic", smooth=0.5))
+    assert not needs_calibration(as_precision("fp16"))
     assert (value.name, value.dtype) == ("int8", torch.float32)
     assert as_precision(accelkit.Fp8().to_json()) == as_precision("fp8")
