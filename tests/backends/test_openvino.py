@@ -305,8 +305,35 @@ def test_what_openvino_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(module, "read_model", without_erf)
     with pytest.raises(LoweringError, match="no Erf today") as caught:
-        compiled(One(lambda x: torch.erf(x.tanh()) + 1), torch.randn(4))
+        compiled(One(lambda x: torch.erf(x) + 1), torch.randn(4))
     assert caught.value.nodes == {"erf": "OpenVINO refuses the model: no Erf today"}
+
+
+def test_without_generated_kernels_where_those_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelkit.backends.openvino import model as module
+
+    real = module.core()
+
+    class Failing:
+        """An ov.Core whose generator fails."""
+
+        def compile_model(self, model: Any, device: str, properties: dict[str, Any]) -> Any:
+            if properties.get("SNIPPETS_MODE") != "DISABLE":
+                raise RuntimeError("Exception from src/x.cpp:1:\nAll consumers are expected to have the same loop IDs")
+            return real.compile_model(model, device, properties)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    monkeypatch.setattr(module, "core", Failing)
+    engine, graph = compiled(One(lambda x: x.exp() * 2), torch.randn(4))
+    check(engine, graph, torch.randn(4))
+    note = (
+        "without OpenVINO's generated kernels (SNIPPETS_MODE=DISABLE), because with them: RuntimeError: All consumers"
+    )
+    assert any(n.startswith(note) for n in engine.describe().notes)
+    with pytest.raises(LoweringError, match="OpenVINO cannot compile the model: RuntimeError: All consumers"):
+        compiled(One(lambda x: x.exp() * 2), torch.randn(4), properties=(("SNIPPETS_MODE", "ENABLE"),))
 
 
 def test_options() -> None:

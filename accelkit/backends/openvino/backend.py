@@ -182,7 +182,7 @@ class OpenVINO(Backend):
     def _engine(self, data: bytes, model: onnx.ModelProto, graph: fx.GraphModule) -> OpenVinoEngine:
         weights = external_weights(model, graph)
         read, shared = read_model(model, weights)
-        compiled = compile_model(read, self)
+        compiled, switched_off = compile_model(read, self)
         results = _results(compiled, graph)
         found = layers(compiled)
         notes = prove(found, graph, self.inference_precision)
@@ -199,6 +199,7 @@ class OpenVINO(Backend):
             notes=(
                 f"{threads} thread(s), {streams} stream(s), float32 operators in {precision.get_type_name()}, {len(found)} layers "
                 "that compute",
+                *([switched_off] if switched_off else []),
                 *notes,
                 f"weights of products ({shared_bytes} bytes) are packed from the model's memory, the others copied",
             ),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PRODUCTS = frozenset({"MatMul", "Convolution", "GroupConvolution", "ConvolutionBackpropData"})
 """OpenVINO's operators whose constant operand the CPU plugin packs."""
+_SNIPPETS = "SNIPPETS_MODE"
 _ON_THE_WAY = frozenset({"Transpose", "Convert"})  # between a weight and its product
 
 
@@ -60,8 +61,8 @@ def read_model(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> t
     return found, shared
 
 
-def compile_model(found: Any, backend: OpenVINO) -> Any:
-    """Compile an ov.Model for the CPU with the backend's options.
+def compile_model(found: Any, backend: OpenVINO) -> tuple[Any, str | None]:
+    """Compile an ov.Model for the CPU with the backend's options; and what had to be switched off for that, if anything.
 
     Raises:
         LoweringError: OpenVINO cannot compile it, or does not know a property.
@@ -77,10 +78,22 @@ def compile_model(found: Any, backend: OpenVINO) -> Any:
     }
     if backend.streams is not None:
         properties["NUM_STREAMS"] = backend.streams
+    properties |= dict(backend.properties)
     try:
-        return core().compile_model(found, "CPU", properties | dict(backend.properties))
+        return core().compile_model(found, "CPU", properties), None
     except (RuntimeError, TypeError) as error:  # TypeError: a property of a type that it does not take
-        raise LoweringError(f"OpenVINO cannot compile the model: {reason(error)}") from error
+        why = f"OpenVINO cannot compile the model: {reason(error)}"
+        # Its generator of fused element-wise kernels fails on some graphs (T5's decoder, 2026.4) that its other kernels run.
+        if _SNIPPETS in properties:
+            raise LoweringError(why) from error
+        try:
+            compiled = core().compile_model(found, "CPU", properties | {_SNIPPETS: "DISABLE"})
+        except (RuntimeError, TypeError):
+            raise LoweringError(why) from error
+        return (
+            compiled,
+            f"without OpenVINO's generated kernels ({_SNIPPETS}=DISABLE), because with them: {reason(error)}",
+        )
 
 
 def as_ov(tensor: torch.Tensor) -> Any:
