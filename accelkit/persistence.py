@@ -187,7 +187,7 @@ def load(path: str | Path, *, cache: bool = True, progress: bool = True) -> Comp
     manifest = artifact.manifest
     try:
         signature = signature_from_json(manifest["signature"])
-        samples = tensors_from_bytes(artifact.view("samples"))
+        samples = tensors_from_bytes(artifact.view("samples"), to_saved_devices=True)  # beside the weights
         exported = program_from_bytes(artifact.view("program"))
         inputs = tuple(samples[f"inputs/{i}"] for i in range(len(signature.tensors)))
         plan = _plan(manifest, cache, progress)

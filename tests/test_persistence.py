@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 import warnings
@@ -222,3 +224,51 @@ def test_state_that_the_model_keeps_is_loaded_too(tmp_path: Path) -> None:
     again = load(tmp_path / "m.accel")
     assert torch.equal(again(torch.ones(2)), torch.full((2,), 4.0))
     assert torch.equal(again(torch.ones(2)), torch.full((2,), 6.0))
+
+
+def test_the_example_comes_back_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file names the device of each memory; the example goes there like the weights, and a missing one is told."""
+    from accelkit import tensors_io
+
+    write = tensors_io.write_tensors
+
+    def from_a_gpu(stream: Any, tensors: dict[str, torch.Tensor]) -> None:
+        whole = io.BytesIO()
+        write(whole, tensors)
+        data = whole.getvalue()
+        mark, length = tensors_io._PREFIX.unpack_from(data)
+        start = tensors_io._PREFIX.size
+        header = json.loads(data[start : start + length])
+        for memory in header["memories"]:
+            memory["device"] = "cuda:77"
+        text = json.dumps(header).encode()
+        text += b" " * (-(start + len(text)) % tensors_io.ALIGNMENT_BYTES)
+        stream.write(tensors_io._PREFIX.pack(mark, len(text)) + text + data[start + length :])
+
+    fast = optimize(nn.ReLU(), torch.randn(3))  # without weights: only the example can ask for the device
+    monkeypatch.setattr(tensors_io, "write_tensors", from_a_gpu)
+    fast.save(tmp_path / "m.accel")
+    with pytest.raises(ArtifactError, match=r"saved on cuda:77, which this machine cannot use"):
+        load(tmp_path / "m.accel")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+@pytest.mark.parametrize("target", ["eager", "fastertransformer", "onnxruntime"])
+def test_on_a_gpu(target: str, tmp_path: Path) -> None:
+    from accelkit import plugins
+
+    if (why := plugins.find(plugins.BACKENDS, target)().unavailable()) is not None:
+        pytest.skip(why)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu")
+    model, x = layer.eval().cuda(), torch.randn(2, 5, 64).cuda()
+    fast = optimize(model, x, target=target, passes=None)
+    fast.save(tmp_path / "m.accel")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(rebuilt|sample)", category=AccelkitWarning)
+        again = load(tmp_path / "m.accel")
+    if target == "onnxruntime":  # the others keep no engines
+        assert {p.origin for v in again.report().variants for p in v.pieces} == {"artifact"}
+    for value in (x, torch.randn(2, 5, 64).cuda()):
+        torch.testing.assert_close(again(value), fast(value))
+        assert again(value).device == value.device

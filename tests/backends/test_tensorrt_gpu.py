@@ -6,7 +6,6 @@ Small models and quick builds; a build takes seconds all the same, so those that
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import statistics
@@ -26,8 +25,9 @@ from accelkit.backend_api import CompileContext
 from accelkit.backends.tensorrt import TensorRT, library, refitting
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.manifest import MANIFEST, PLAN, Manifest, sha256
+from accelkit.backends.tensorrt.proof import Proof
 from accelkit.precision import as_precision
-from accelkit.testing import relative_error, trace
+from accelkit.testing import float64_reference, relative_error, trace
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,8 +71,7 @@ def optimize(model: nn.Module, example: Any, **options: Any) -> accelkit.Compile
 
 
 def exact(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = copy.deepcopy(model).double()(x.double())
+    (result,) = float64_reference(model, x)
     return result
 
 
@@ -127,7 +126,8 @@ def test_a_region_that_is_not_told_is_not_claimed() -> None:
     for layer in proof.layers:
         assert layer.kind != "region" or layer.precision in (None, "fp16")
     kept = Manifest.from_blobs(engine.serialize())[1]
-    assert kept.proof == proof.to_json()
+    assert Proof.from_json(kept.proof) == proof
+    assert engine.proof == proof
 
 
 # --- running

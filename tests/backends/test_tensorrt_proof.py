@@ -10,7 +10,7 @@ import pytest
 
 from accelkit import LoweringError
 from accelkit.backends.tensorrt.judging import require_precision
-from accelkit.backends.tensorrt.kernel_names import arithmetic, sums_in
+from accelkit.backends.tensorrt.kernel_names import arithmetic
 from accelkit.backends.tensorrt.proof import Layer, Proof, layers_of, onnx_nodes, prove
 
 # --- kernels

@@ -113,8 +113,8 @@ def test_names_outside_the_versions_file_exist_in_every_version(file: Path) -> N
 
 
 def test_the_names_test_sees_names() -> None:
-    assert ("BuilderFlag", "REFIT") in names_used(FOLDER / "worker.py")
-    assert ("ILogger", "Severity", "WARNING") in names_used(FOLDER / "worker.py")
+    assert ("BuilderFlag", "REFIT") in names_used(FOLDER / "worker_build.py")
+    assert ("ILogger", "Severity", "WARNING") in names_used(FOLDER / "worker_library.py")
 
 
 # --- what differs
