@@ -1,4 +1,4 @@
-"""BERT-base on today's tools: PyTorch, ONNX Runtime by hand, torch.compile, and accelkit's targets.
+"""BERT-base on today's tools: PyTorch, ONNX Runtime and OpenVINO by hand, torch.compile, and accelkit's targets.
 
     python benchmarks/bert_tools.py                      # batch sizes 1 to 8 on a CPU; on a GPU see bert_gpu.py
     python benchmarks/bert_tools.py --model vit-b16-224 --batch 1,8
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts: dict[str, Any] = {
         "model": model_name,
         "device": device,
-        "packages": ("onnxruntime", "onnxscript", "transformers"),
+        "packages": ("onnxruntime", "openvino", "onnxscript", "transformers"),
     }
     if not options.quick:  # a file with a table is shown in the README
         facts |= {"title": title, "table": table}
@@ -149,7 +149,7 @@ def measure_batch(model_name: str, batch: int, device: str, seconds: float, roun
 def tools(model: Any, inputs: Any, device: str) -> dict[Key, Callable[[], Any]]:
     """Everything that is compared, in the table's order: (tool, precision) -> what builds it."""
     import torch
-    from by_hand import flat_call, onnxruntime_session, plain, torch_compiled
+    from by_hand import flat_call, onnxruntime_session, openvino_model, plain, torch_compiled
 
     import accelkit
     from accelkit import plugins
@@ -162,6 +162,8 @@ def tools(model: Any, inputs: Any, device: str) -> dict[Key, Callable[[], Any]]:
         found["PyTorch", name] = lambda d=dtype: plain(model, inputs, d)
     for name, dtype in both if device == "cuda" else both[:1]:  # ONNX Runtime has no bf16 kernels on a CPU
         found["ONNX Runtime by hand", name] = lambda d=dtype: onnxruntime_session(model, inputs, d)
+    for name, dtype in both if device == "cpu" else ():
+        found["OpenVINO by hand", name] = lambda d=dtype: openvino_model(model, inputs, d)
     for name, dtype in both:
         found["torch.compile", name] = lambda d=dtype: torch_compiled(model, inputs, d, freezing=False)
     for name, dtype in both:

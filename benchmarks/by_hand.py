@@ -88,6 +88,34 @@ def onnxruntime_session(model: nn.Module, inputs: Inputs, dtype: torch.dtype = t
     return lambda: [torch.from_numpy(o) for o in session.run(None, {n: t.numpy() for n, t in by_name.items()})]
 
 
+def openvino_model(model: nn.Module, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Call:
+    """ov.convert_model of the module, compiled for latency; bfloat16 as OpenVINO's users ask for it, by the hint."""
+    import openvino
+
+    # convert_model traces the module: TorchScript takes tuples, and transformers' outputs are none
+    example = inputs if isinstance(inputs, dict) else tuple(inputs)
+    with torch.no_grad(), quiet():
+        converted = openvino.convert_model(model, example_input=example)
+    tensors = list(inputs.values()) if isinstance(inputs, dict) else list(inputs)
+    converted.reshape({i: list(tensor.shape) for i, tensor in enumerate(tensors)})
+    properties = {
+        "INFERENCE_PRECISION_HINT": openvino.Type.bf16 if dtype is torch.bfloat16 else openvino.Type.f32,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),  # the same number of threads for all candidates
+    }
+    compiled = openvino.compile_model(converted, "CPU", properties)
+    request = compiled.create_infer_request()
+    names = [port.get_any_name() for port in compiled.inputs]
+    by_name = inputs if isinstance(inputs, dict) else dict(zip(names, tensors, strict=True))
+    feed = {name: by_name[name].numpy() for name in names}
+
+    def call() -> list[torch.Tensor]:
+        results = request.infer(feed, share_inputs=True)  # results are copied: the request writes over its own
+        return [torch.from_numpy(results[port]) for port in compiled.outputs]
+
+    return call
+
+
 def _bound_call(session: Any, by_name: dict[str, torch.Tensor]) -> Call:
     import numpy as np
 

@@ -80,7 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     columns = ["goal", "wanted", "measured", "met"]
     table = {"columns": columns, "rows": [goal.cells() for goal in goals]}
     folder = options.output or (Path(tempfile.mkdtemp(prefix="accelkit-quick-")) if options.quick else RESULTS)
-    facts: dict[str, Any] = {"packages": ("onnx", "onnxscript", "onnxruntime", "transformers"), "quick": options.quick}
+    facts: dict[str, Any] = {
+        "packages": ("onnx", "onnxscript", "onnxruntime", "openvino", "transformers"),
+        "quick": options.quick,
+    }
     if not options.quick and set(options.only) == set(GROUPS):  # a file with a table is shown in the README
         facts |= {"title": "Goals on a CPU", "table": table}
     path = write_results("cpu_goals", [goal.to_json() for goal in goals], folder, **facts)

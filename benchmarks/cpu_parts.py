@@ -17,7 +17,16 @@ CALL_ROUNDS_MS = 5.0
 def speed(model_name: str, seconds: float) -> dict[str, Any]:
     """All candidates of one model at batch 1, interleaved: medians in ms and errors against float64."""
     import torch
-    from by_hand import flat_call, float64_outputs, onnxruntime_session, plain, quiet, torch_compiled, worst_error
+    from by_hand import (
+        flat_call,
+        float64_outputs,
+        onnxruntime_session,
+        openvino_model,
+        plain,
+        quiet,
+        torch_compiled,
+        worst_error,
+    )
 
     from accelkit.errors import AccelkitError
     from accelkit.measure import interleaved
@@ -35,9 +44,13 @@ def speed(model_name: str, seconds: float) -> dict[str, Any]:
         "PyTorch fp32": lambda: plain(model, inputs, torch.float32),
         "PyTorch bf16": lambda: plain(model, inputs, torch.bfloat16),
         "ONNX Runtime by hand fp32": lambda: onnxruntime_session(model, inputs),
+        "OpenVINO by hand fp32": lambda: openvino_model(model, inputs),
+        "OpenVINO by hand bf16": lambda: openvino_model(model, inputs, torch.bfloat16),
         "torch.compile fp32": lambda: torch_compiled(model, inputs, torch.float32, freezing=False),
         "torch.compile, freezing bf16": lambda: torch_compiled(model, inputs, torch.bfloat16, freezing=True),
         "accelkit onnxruntime fp32": lambda: optimized("onnxruntime", "fp32"),
+        "accelkit openvino fp32": lambda: optimized("openvino", "fp32"),
+        "accelkit openvino bf16": lambda: optimized("openvino", "bf16"),
         "accelkit inductor fp32": lambda: optimized("inductor", "fp32"),
         "accelkit inductor bf16": lambda: optimized("inductor", "bf16"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -95,5 +96,7 @@ def test_written_by_hand_agrees_with_the_model(load: Any) -> None:
     assert model[0].weight.dtype == torch.float32, "the model itself was cast"
     for call in (by_hand.plain(model, inputs, torch.float32), by_hand.onnxruntime_session(model, inputs)):
         assert by_hand.worst_error(call, truth) < 1e-6
+    if importlib.util.find_spec("openvino") is not None:
+        assert by_hand.worst_error(by_hand.openvino_model(model, inputs), truth) < 1e-6
     assert 1e-6 < by_hand.worst_error(by_hand.plain(model, inputs, torch.bfloat16), truth) < 0.1
     assert by_hand.worst_error(lambda: [truth[0] * 1.5], truth) == pytest.approx(0.5)

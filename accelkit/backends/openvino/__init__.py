@@ -10,7 +10,7 @@
 
 The types in the graph decide what runs in which precision: OpenVINO keeps bfloat16 where the CPU has it, and computes
 integer products where QuantizeLinear and DequantizeLinear surround them. Why by way of ONNX, why the file holds no
-compiled code, and which weights are shared: docs/decisions/0013-openvino.md.
+compiled code, and which weights are shared: docs/decisions/0015-openvino.md.
 """
 
 from accelkit.backends.openvino.backend import OpenVINO

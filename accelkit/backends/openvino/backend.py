@@ -61,7 +61,7 @@ class OpenVINO(Backend):
     properties: tuple[tuple[str, Any], ...] = ()
 
     name: ClassVar[str] = "openvino"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     embeds_weights: ClassVar[bool] = False
     fused_operators: ClassVar[frozenset[str]] = frozenset(STANDARD)
