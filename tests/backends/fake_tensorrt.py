@@ -13,6 +13,7 @@ What goes wrong on request, by `faults` (a dict; in a process of its own, as JSO
     stdout: text that the library prints                  plan_bytes: so much is added to the plan
     file_limit: bytes that this process may write to a file
     stays_fp32: the engine's layers run in fp32 whatever the flags (8.6)
+    fp32_unless_told: its products run in fp32 where fp16 is only allowed (8.6); "nor then": always
     tells: the plan tells which process built it, and what its timing cache held before
     start_seconds: how long a Builder takes to load
     cache_refused: timing caches are not loaded from bytes, not even from those that it wrote
@@ -37,7 +38,7 @@ LISTINGS = Path(__file__).resolve().parent.parent / "data" / "tensorrt_api"
 VERSIONS = ("8.6", "10.16", "11.4")
 FAULTS = frozenset(
     ("refuse", "no_device", "build_fails", "build_seconds", "build_exit", "profile_refused", "stdout", "plan_bytes")
-) | {"file_limit", "stays_fp32", "tells", "start_seconds", "cache_refused"}
+) | {"file_limit", "stays_fp32", "fp32_unless_told", "tells", "start_seconds", "cache_refused"}
 
 
 def load(version: str = "8.6", **faults: Any) -> ModuleType:

@@ -75,6 +75,9 @@ class _Builder:
             "fp32": sorted(
                 layer.name for layer in network._layers() if getattr(layer, "precision", None) is trt.float32
             ),
+            "fp16": sorted(
+                layer.name for layer in network._layers() if getattr(layer, "precision", None) is trt.float16
+            ),
             "verbosity": config.profiling_verbosity.name
             if config.profiling_verbosity is not None
             else "LAYER_NAMES_ONLY",
@@ -210,7 +213,13 @@ class _Network:
         return self._made
 
     def _layer(self, node: Any, known: dict[str, Any]) -> Any:
-        kinds = {"Cast": "CAST", "Constant": "CONSTANT", "Shape": "SHAPE"}
+        kinds = {
+            "Cast": "CAST",
+            "Constant": "CONSTANT",
+            "Shape": "SHAPE",
+            "MatMul": "MATRIX_MULTIPLY",
+            "Conv": "CONVOLUTION",
+        }
         layer = new(
             self._trt.ILayer, _outputs=[_tensor(self._trt, known[name]) for name in node.output if name in known]
         )

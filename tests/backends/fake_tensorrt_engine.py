@@ -150,12 +150,16 @@ class Engine:
         """As the inspector writes it, with the type that the layer runs in."""
         facts, new_style = self._facts, "STRONGLY_TYPED" in self._trt.NetworkDefinitionCreationFlag.__members__
         lowered = not facts["typed"] and "FP16" in facts["flags"] and node.name not in facts["fp32"]
-        lowered = lowered and not self._trt._faults.get("stays_fp32")
+        faults = self._trt._faults
+        lowered = lowered and not faults.get("stays_fp32")
+        if faults.get("fp32_unless_told") and not facts["typed"]:
+            lowered = node.name in facts["fp16"] and faults["fp32_unless_told"] != "nor then"
 
         def tensor(name: str) -> dict[str, Any]:
             value = typed.get(name)
             kind = "FLOAT" if value is None else dtype_of(self._trt, value).name
             kind = "HALF" if kind == "FLOAT" and lowered else kind
+            kind = "FLOAT" if kind == "HALF" and faults.get("fp32_unless_told") and not lowered else kind
             shape = [] if value is None else list(shape_of(value))
             return {
                 "Name": name,

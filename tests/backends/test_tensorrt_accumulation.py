@@ -278,6 +278,25 @@ def test_auto_measures_and_keeps_what_it_found(machine: Machine, monkeypatch: py
     assert [n for n in loaded.describe().notes if "sums " in n] == [n for n in notes if "sums " in n]
 
 
+@pytest.mark.parametrize("accumulate", ["auto", "fp32", "fp16"])
+def test_products_are_told_where_wider_ones_were_taken(
+    machine: Machine, accumulate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.has("8.6", fp32_unless_told=True)
+    graph, x = mlp()
+    jobs = []
+    build = backend.build_plan
+    monkeypatch.setattr(backend, "build_plan", lambda job, **how: jobs.append(job) or build(job, **how))
+    target = TensorRT(cuda_graph=False, accumulate=accumulate)
+    engine = target.compile(graph, [x], CompileContext(FP16))
+    assert [len(job.demanded) for job in jobs] == [0, 1 if accumulate == "fp32" else 3]
+    notes = engine.describe().notes
+    assert any("told to run in fp16: left free, TensorRT took wider kernels" in note for note in notes)
+    machine.has("8.6", fp32_unless_told="nor then")
+    with pytest.raises(LoweringError, match=r"fp16 was asked for.* \(told to run them in fp16, it did not\)"):
+        target.compile(graph, [x], CompileContext(FP16))
+
+
 def test_other_precisions_are_not_judged(machine: Machine) -> None:
     machine.has("8.6")
     x = torch.randn(2, 5, 32)

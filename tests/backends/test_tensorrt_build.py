@@ -90,6 +90,7 @@ def test_every_option(job: BuildJob, version: str, tmp_path: Path, monkeypatch: 
         timing_cache=str(tmp_path / "timing" / "cache"),
         precision="fp16",
         keep_fp32=("node_relu", "node_gone"),
+        demanded=("node_matmul", "node_relu"),
         workspace_bytes=2**30,
         optimization_level=2,
         tactic_sources=("jit_convolutions",),
@@ -107,6 +108,7 @@ def test_every_option(job: BuildJob, version: str, tmp_path: Path, monkeypatch: 
     old = version == "8.6"
     assert set(facts["flags"]) == flags | ({"FP16", "OBEY_PRECISION_CONSTRAINTS"} if old else set())
     assert facts["fp32"] == (["node_relu"] if old else [])
+    assert facts["fp16"] == (["node_matmul"] if old else []), "products alone"
     notes = ("of the nodes to keep in fp32 the network has no layer for node_gone",) if old else ()
     assert result.notes == notes
     assert facts["workspace"] == 2**30
@@ -118,7 +120,9 @@ def test_every_option(job: BuildJob, version: str, tmp_path: Path, monkeypatch: 
 
 
 def test_jobs_and_results_survive_json(job: BuildJob) -> None:
-    full = replace(job, keep_fp32=("a",), tactic_sources=("cudnn",), plugin_library=("b.so",), timing_cache="c")
+    full = replace(
+        job, keep_fp32=("a",), demanded=("c",), tactic_sources=("cudnn",), plugin_library=("b.so",), timing_cache="c"
+    )
     assert BuildJob.from_json(full.to_json()) == full
     assert BuildJob.from_json(job.to_json()) == job
     failure = Failure("parse", "no", (NodeFailure(3, "m", "n", "o"),))

@@ -30,6 +30,7 @@ from accelkit.backends.tensorrt.building import build_plan, timing_cache_path, w
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.forms import rewritten
 from accelkit.backends.tensorrt.job import HARDWARE, BuildJob, BuildResult
+from accelkit.backends.tensorrt.judging import WiderPrecisionError
 from accelkit.backends.tensorrt.manifest import Manifest, sha256
 from accelkit.backends.tensorrt.network import Network, network_of
 from accelkit.backends.tensorrt.obstacles import beyond_int32, obstacle
@@ -175,8 +176,23 @@ class TensorRT(Backend):
         network = network_of(written, inputs, context, external_bytes=self.embeds_below_bytes)
         typed = versions.strongly_typed(tensorrt)
 
+        told = False
+
         def build(level: Level) -> TensorRTEngine:
-            return self._compiled(network.with_wide(level.nodes, typed), tensorrt, written, inputs, context)
+            nonlocal told
+            made = network.with_wide(level.nodes, typed)
+            if not told:
+                try:
+                    return self._compiled(made, tensorrt, written, inputs, context)
+                except WiderPrecisionError:
+                    if typed:
+                        raise
+                    told = True  # for later levels too: the flag allows a precision, and wider kernels were taken
+                context.progress(f"building again, with products told to run in {made.precision}")
+            try:
+                return self._compiled(made.demanding(), tensorrt, written, inputs, context)
+            except WiderPrecisionError as error:
+                raise LoweringError(f"{error} (told to run them in {made.precision}, it did not)") from None
 
         if network.precision != "fp16" or self.accumulate == "fp16":
             return build(AS_IT_LIKES)
@@ -231,7 +247,7 @@ class TensorRT(Backend):
             weights=refitting.dtypes_of(weights),
             weights_sha256=refitting.fingerprint(weights) if weights else "",
             seconds=result.seconds,
-            notes=(*_sentences(result), *result.notes),
+            notes=(*_sentences(result), *result.notes, *_demand(network)),
         )
         return self._engine(plan, manifest, graph, inputs)
 
@@ -278,6 +294,7 @@ class TensorRT(Backend):
             timing_cache=timing,
             precision=network.precision,
             keep_fp32=(*network.keep_fp32, *network.wide),
+            demanded=network.demanded,
             tf32=network.tf32,
             profile=network.profile,
             workspace_bytes=None if self.workspace_gib is None else round(self.workspace_gib * 2**30),
@@ -306,6 +323,14 @@ def _sentences(result: BuildResult) -> list[str]:
         before, after = result.timing_cache_bytes
         said.append(f"timing cache: {before / 1024:.0f} KiB before the build, {after / 1024:.0f} KiB after it")
     return said
+
+
+def _demand(network: Network) -> list[str]:
+    if not network.demanded:
+        return []
+    return [
+        f"{len(network.demanded)} matrix products were told to run in {network.precision}: left free, TensorRT took wider kernels"
+    ]
 
 
 def _whole(value: object) -> bool:

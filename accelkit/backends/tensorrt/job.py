@@ -29,6 +29,7 @@ class BuildJob:
         precision: `fp32`, `tf32`, `fp16` or `bf16`. A strongly typed network (TensorRT 10 and later) has it in its own types;
             only `tf32` is then a flag of the builder.
         keep_fp32: names of ONNX nodes that stay fp32 where precision is a flag (8.6); a strongly typed network says it by casts.
+        demanded: names of ONNX products that shall run in `precision`, where that is a flag, which by itself only allows it.
         tf32: float32 layers may multiply in tf32 where the precision is another; `tf32` as precision says it too.
         profile: network input -> its smallest, tuned and largest shape; inputs whose shape is fixed may be left out.
         workspace_bytes: scratch memory that a layer may use; None for all of the device's.
@@ -53,6 +54,7 @@ class BuildJob:
     timing_cache: str | None = None
     precision: str = "fp32"
     keep_fp32: tuple[str, ...] = ()
+    demanded: tuple[str, ...] = ()
     tf32: bool = False
     profile: dict[str, Shapes] = field(default_factory=dict)
     workspace_bytes: int | None = None
@@ -75,7 +77,7 @@ class BuildJob:
     @classmethod
     def from_json(cls, text: str) -> BuildJob:
         data = json.loads(text)
-        for name in ("keep_fp32", "tactic_sources", "plugin_library"):
+        for name in ("keep_fp32", "demanded", "tactic_sources", "plugin_library"):
             if data[name] is not None:
                 data[name] = tuple(data[name])
         data["profile"] = {name: tuple(tuple(s) for s in shapes) for name, shapes in data["profile"].items()}

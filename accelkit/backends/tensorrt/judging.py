@@ -28,6 +28,10 @@ _WIDTH = {"int8": 1, "fp8": 1, "bf16": 2, "fp16": 2, "tf32": 3, "fp32": 4, "fp64
 _WIDE = ("fp32", "tf32")
 
 
+class WiderPrecisionError(LoweringError):
+    """Matrix products run in a wider precision than asked for, and none in a narrower one."""
+
+
 def require_precision(
     proof: Proof, asked: str, keep_fp32: Iterable[str] = (), wide: Collection[str] = ()
 ) -> tuple[str, ...]:
@@ -43,7 +47,7 @@ def require_precision(
         sentences for the report, about products in a wider precision.
 
     Raises:
-        LoweringError: it names the layers and their precisions.
+        WiderPrecisionError, LoweringError: it names the layers and their precisions.
     """
     kept, chosen = set(keep_fp32), set(wide)
     products = [layer for layer in proof.layers if layer.kind in (PRODUCT, REGION) and layer.precision is not None]
@@ -69,7 +73,7 @@ def require_precision(
     listed = ", ".join(f"{short(layer.name)} in {layer.precision}" for layer in (worse or wrong)[:5])
     more = f" and {len(worse or wrong) - 5} more" if len(worse or wrong) > 5 else ""
     if worse or share > TOLERATED_SHARE:
-        raise LoweringError(
+        raise (LoweringError if worse else WiderPrecisionError)(
             f"{asked} was asked for, and TensorRT built {len(worse or wrong)} of {len(products)} matrix-product layers in another "
             f"precision ({listed}{more}; {share:.0%} of the products' time): ask for precision={(worse or wrong)[0].precision!r} "
             "if that will do, or build with another optimization_level"
@@ -101,7 +105,7 @@ def _require_kernels(proof: Proof, asked: str, allowed: set[str], kept: bool) ->
     listed = ", ".join(f"{precision} {percent(ms, total)}" for precision, ms in largest_first(wrong))
     worse = any(_WIDTH[precision] <= _WIDTH[asked] for precision in wrong)
     if worse or (sum(wrong.values()) > TOLERATED_SHARE * total and not kept):
-        raise LoweringError(
+        raise (LoweringError if worse else WiderPrecisionError)(
             f"{asked} was asked for, and matrix-product kernels inside TensorRT's fused regions run in another precision "
             f"({listed} of {total:.3g} ms): ask for precision={largest_first(wrong)[0][0]!r} if that will do, or build with "
             "another optimization_level"

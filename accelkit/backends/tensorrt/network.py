@@ -22,7 +22,7 @@ from accelkit.backend_api import CompileContext
 from accelkit.backends.tensorrt.forms import FORMS, MODEL_REWRITES
 from accelkit.backends.tensorrt.job import Shapes
 from accelkit.backends.tensorrt.opset import EXPORTED, to_opset_17
-from accelkit.backends.tensorrt.products import holds_products, summed_in_float32
+from accelkit.backends.tensorrt.products import half_products, holds_products, summed_in_float32
 from accelkit.culprits import culprits
 from accelkit.errors import LoweringError
 from accelkit.onnx_export import EXTERNAL_BYTES, export_onnx, external_weights
@@ -53,6 +53,7 @@ class Network:
         keep_fp32: names of the ONNX nodes that compute in float32 in a network of a lower precision: 8.6 has to be told, and
             the proof allows them.
         wide: names of the products that are summed in float32 for accuracy.
+        demanded: names of the products that 8.6 is told to run in `precision`, which it is only allowed to otherwise.
     """
 
     model: onnx.ModelProto
@@ -62,6 +63,7 @@ class Network:
     precision: str
     keep_fp32: tuple[str, ...]
     wide: tuple[str, ...] = ()
+    demanded: tuple[str, ...] = ()
 
     @property
     def tf32(self) -> bool:
@@ -72,6 +74,10 @@ class Network:
         """The same with these products summed in float32: by casts in strongly typed networks, by name in others."""
         model = summed_in_float32(self.model, nodes) if typed and nodes else self.model
         return replace(self, model=model, wide=nodes)
+
+    def demanding(self) -> Network:
+        """The same with all products that are not in float32 on purpose told to run in the precision that was asked for."""
+        return replace(self, demanded=half_products(self.model, {*self.keep_fp32, *self.wide}))
 
     @property
     def weight_bytes(self) -> int:

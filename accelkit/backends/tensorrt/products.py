@@ -10,6 +10,7 @@ products are held in float32 by name instead.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
 from accelkit.onnx_weights import all_nodes
@@ -66,6 +67,12 @@ def holds_products(model: onnx.ModelProto, nodes: tuple[str, ...]) -> bool:
     """Whether one of these nodes is a matrix product."""
     names = set(nodes)
     return any(node.op_type in PRODUCTS and node.name in names for node in all_nodes(model.graph))
+
+
+def half_products(model: onnx.ModelProto, except_for: Collection[str]) -> tuple[str, ...]:
+    """Names of all matrix products, attention's too, but for these."""
+    found = (node.name for node in all_nodes(model.graph) if node.op_type in PRODUCTS and not node.domain)
+    return tuple(name for name in found if name not in except_for)
 
 
 def summed_in_float32(model: onnx.ModelProto, nodes: tuple[str, ...]) -> onnx.ModelProto:

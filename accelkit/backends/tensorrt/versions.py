@@ -2,7 +2,7 @@
 
     | | 8.6 | 10 | 11 |
     |---|---|---|---|
-    | precision | the builder's flags, and `ILayer.precision` for exceptions | in the network's types: strongly typed | the same |
+    | precision | the builder's flags, and `ILayer.precision` beside | in the network's types: strongly typed | the same |
     | batch dimension | explicit by a flag | explicit by a flag, deprecated | always explicit |
     | bfloat16, int64 tensors | no | yes | yes |
     | outside libraries for tactics | cuBLAS, cuBLASLt, cuDNN | the same, off by default | none |
@@ -35,6 +35,8 @@ DTYPES = {
     "BOOL": "bool",
     "FP8": "float8_e4m3fn",
 }
+
+TORCH_NAMES = {"fp32": "float32", "tf32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 TACTIC_SOURCES = {
     "cublas": "CUBLAS",
@@ -133,6 +135,23 @@ def keep_fp32(trt: Any, config: Any, network: Any, nodes: set[str]) -> set[str]:
                 layer.set_output_type(i, trt.float32)
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     return left
+
+
+def demand(trt: Any, config: Any, network: Any, nodes: set[str], precision: str) -> None:
+    """Ask for `precision` in the products of these ONNX nodes, where it is a flag, which by itself only allows it.
+
+    A preference, unless layers are held in fp32: then those constraints bind, and so do these.
+    """
+    if not nodes or strongly_typed(trt):
+        return
+    names = ("MATRIX_MULTIPLY", "FULLY_CONNECTED", "CONVOLUTION", "DECONVOLUTION")
+    products = [trt.LayerType.__members__[name] for name in names if name in trt.LayerType.__members__]
+    wanted = next(trt.DataType.__members__[name] for name, known in DTYPES.items() if known == TORCH_NAMES[precision])
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type in products and _onnx_node(layer) in nodes:
+            layer.precision = wanted
+    if not config.get_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS):
+        config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
 
 
 def _onnx_node(layer: Any) -> str:

@@ -170,6 +170,7 @@ class Build:
     def _configure_network(self, trt: Any, builder: Any, config: Any, network: Any) -> None:
         if left := versions.keep_fp32(trt, config, network, set(self.job.keep_fp32)):
             self.notes.append(f"of the nodes to keep in fp32 the network has no layer for {', '.join(sorted(left))}")
+        versions.demand(trt, config, network, set(self.job.demanded), self.job.precision)
         if not self.job.profile:
             return
         inputs = [network.get_input(i).name for i in range(network.num_inputs)]
