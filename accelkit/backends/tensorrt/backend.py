@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from accelkit.backends.tensorrt.accumulation import (
     levels,
     most_accurate,
 )
-from accelkit.backends.tensorrt.attention_place import PLACES, in_pytorch
+from accelkit.backends.tensorrt.attention_place import PLACES, attentions
 from accelkit.backends.tensorrt.building import build_plan, timing_cache_path, warm
 from accelkit.backends.tensorrt.engine import TensorRTEngine
 from accelkit.backends.tensorrt.forms import rewritten
@@ -62,7 +62,7 @@ class TensorRT(Backend):
         refittable: `refit()` gives the engine new weights without a rebuild. Costs speed: weights are no constants then.
         accumulate: what fp16 products are summed in: `fp16`, as TensorRT likes; `fp32` for all linear layers; `auto`, as TensorRT
             likes where that is accurate enough on the example, else the longest sums in float32, each way built and measured.
-        attention: where it runs: `engine`; `pytorch`; `auto`, in PyTorch where that was measured faster, border included.
+        attention: where it runs: `engine`, or `pytorch`, which cuts the graph there; see docs/tensorrt.md for when to try that.
         sparse_weights: use sparse tensor cores where weights have 2 zeros in each 4.
         time_limit_s: end a build that takes longer, in seconds; None for no limit.
         max_aux_streams: streams beside the caller's that layers may run on at the same time; None for TensorRT's choice.
@@ -170,7 +170,8 @@ class TensorRT(Backend):
                 f"TensorRT {tensorrt.__version__} has int32 only, and {'; '.join(beyond.values())}", beyond
             )
         warm(_device(inputs))  # the build process loads the library meanwhile
-        self._leave_attention_to_pytorch(graph, inputs, tensorrt, context)
+        if self.attention == "pytorch" and (left := attentions(graph)):
+            raise LoweringError(f"{len(left)} attentions run in PyTorch: asked for", left)
         context.progress("exporting to ONNX")
         written = rewritten(graph)
         network = network_of(written, inputs, context, external_bytes=self.embeds_below_bytes)
@@ -205,22 +206,6 @@ class TensorRT(Backend):
             tries, build, yardstick, inputs, lambda e: e.manifest.seconds.get("total", 0.0), _NEEDED.get(part, 0)
         )
         return engine
-
-    def _leave_attention_to_pytorch(
-        self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], tensorrt: Any, context: CompileContext
-    ) -> None:
-        """Have lowering cut the graph at attentions that PyTorch is faster at."""
-        plain = replace(self, cuda_graph=False, attention="engine", accumulate="fp16")
-
-        def build(part: fx.GraphModule, examples: Sequence[torch.Tensor]) -> TensorRTEngine:
-            context.progress("measuring attention in an engine and in PyTorch")
-            written = rewritten(part)
-            network = network_of(written, examples, context, external_bytes=self.embeds_below_bytes)
-            return plain._compiled(network, tensorrt, written, examples, context)
-
-        device = next((t.device for t in inputs if t.is_cuda), torch.device("cpu"))
-        if left := in_pytorch(graph, self.attention, str(tensorrt.__version__), device, build):
-            raise LoweringError(f"{len(left)} attentions run in PyTorch: {next(iter(left.values()))}", left)
 
     def _compiled(
         self,
