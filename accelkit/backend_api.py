@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
@@ -20,6 +20,9 @@ from torch import fx
 from accelkit.pass_api import OnnxPass, _Pass
 from accelkit.pass_runner import PassRecord
 from accelkit.precision import FP32, Precision
+
+if TYPE_CHECKING:
+    from accelkit.accuracy import OutputError
 
 EMBEDS_BELOW_BYTES = 1024
 """Passes and compilers look at the values of small constants: scales, epsilons, tables."""
@@ -76,12 +79,17 @@ class CompileContext:
         onnx_passes: the pipeline's OnnxPass values, for backends that go through ONNX.
         records: the ledger; a backend that runs passes appends their records.
         progress: called with a few words when a new stage starts.
+        judge: for a backend that has to choose between engines: how far results of the whole graph on the example are from
+            float64, beside plain PyTorch, and what `optimize` will allow. Computed when first called, and not again for the final
+            check. It may raise RuntimeError, NotImplementedError or TypeError: there is no float64 form, or no memory. None where
+            a piece is compiled, or where results are not compared with the original's.
     """
 
     precision: Precision = FP32
     onnx_passes: tuple[OnnxPass, ...] = ()
     records: list[PassRecord] = field(default_factory=list)
     progress: Callable[[str], None] = lambda stage: None
+    judge: Callable[[Sequence[Any]], list[OutputError]] | None = None
 
 
 class Backend(_Pass):

@@ -5,15 +5,12 @@ captured program in float64 = truth;  the original model in the precision asked 
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from accelkit import graph as graphs
 from accelkit.accuracy import OutputError, check_outputs, reference_outputs, relative_error
@@ -26,9 +23,8 @@ from accelkit.pass_api import OpenResult
 from accelkit.pass_runner import PassRecord
 from accelkit.precision import FP32, Precision
 from accelkit.quantization.emulation import NOISY, Emulation, LayerNoise, layer_noise, outputs_of
-from accelkit.signature import Constant, TensorSpec
-from accelkit.tf32 import tensor_core_products
-from accelkit.twin import clone_inputs, no_fused_multi_head_attention, preserved
+from accelkit.twin import clone_inputs, preserved
+from accelkit.yardstick import Yardstick, first_line, original_call, output_name
 
 TIMING_SECONDS = 1.0
 """Time spent on measuring a variant beside the original; at least two rounds are made however long they take."""
@@ -55,6 +51,7 @@ def check(
     tolerance: float | None,
     store: EngineStore,
     ledger: Sequence[PassRecord] = (),
+    yardstick: Yardstick | None = None,
 ) -> Checked:
     """Run the compiled graph on the example, judge it, and time it beside the original.
 
@@ -64,13 +61,14 @@ def check(
         model: the original (its twin), or None where only the program is at hand.
         store: remembers what was found for these very weights, inputs and engines.
         ledger: of the passes: where outputs are not compared, and what is computed by design, as they declared.
+        yardstick: of the same program, model and precision, where it was used before.
 
     Raises:
         AccuracyError: an output is further from float64 than allowed.
     """
     checked = Checked()
-    original = _original(program, model)
-    owners = (program.graph,) if model is None else (program.graph, model)
+    yardstick = yardstick or Yardstick(program, model, precision)
+    original, owners = yardstick.original, yardstick.owners
     try:
         with preserved(*owners), torch.no_grad():
             results = tuple(lowered.call(*clone_inputs(program.inputs)))
@@ -90,7 +88,7 @@ def check(
     if random:
         checked.notes.append(f"not compared with float64: the model is random by itself ({', '.join(random[:3])})")
     else:
-        _judge(checked, program, results, original, model, precision, tolerance, ledger)
+        _judge(checked, yardstick, results, tolerance, ledger)
     with preserved(*owners), torch.no_grad():
         inputs = clone_inputs(program.inputs)
         device = inputs[0].device if inputs else torch.device("cpu")
@@ -105,36 +103,30 @@ def check(
 
 def _judge(
     checked: Checked,
-    program: Program,
+    yardstick: Yardstick,
     results: Sequence[Any],
-    original: Callable[[], Any],
-    model: nn.Module | None,
-    precision: Precision,
     tolerance: float | None,
     ledger: Sequence[PassRecord],
 ) -> None:
-    names = [_output_name(program, i) for i in range(len(results))]
+    program, model, precision = yardstick.program, yardstick.model, yardstick.precision
+    names, own = yardstick.names, yardstick.own
     changes = [record.meaning for record in ledger if record.meaning is not None]
-    owners = (program.graph,) if model is None else (program.graph, model)
-    arithmetic = tensor_core_products() if precision.name == "tf32" else contextlib.nullcontext()
-    with preserved(*owners), torch.no_grad(), arithmetic:
-        plain = _graph_order(program, original()) if model is not None else original()
-    own = plain
-    if precision.dtype != torch.float32:
-        plain = _plain_in(precision.dtype, program, model, checked.notes)
+    owners = yardstick.owners
+    plain = yardstick.plain
+    checked.notes += yardstick.notes
     try:
-        reference: Sequence[Any] = reference_outputs(program.graph, program.inputs)
+        reference = yardstick.reference
     except (RuntimeError, NotImplementedError, TypeError) as error:
         if plain is None:
-            checked.notes.append(f"not compared: an operator has no float64 form ({_first_line(error)})")
+            checked.notes.append(f"not compared: an operator has no float64 form ({first_line(error)})")
             return
         if changes:
             checked.notes.append(
-                f"not compared: the model is changed on request, and an operator has no float64 form ({_first_line(error)})"
+                f"not compared: the model is changed on request, and an operator has no float64 form ({first_line(error)})"
             )
             return
         checked.notes.append(
-            f"compared with plain PyTorch, since an operator has no float64 form ({_first_line(error)})"
+            f"compared with plain PyTorch, since an operator has no float64 form ({first_line(error)})"
         )
         reference = plain
     if model is not None and tolerance is None and any(map(_far, own, reference)):
@@ -237,7 +229,7 @@ def run_original(program: Program, model: nn.Module | None) -> None:
     """Run the original on the example: an exception of the model's own is the one to see, not what a backend makes of it."""
     owners = (program.graph,) if model is None else (program.graph, model)
     with preserved(*owners), torch.no_grad():
-        _original(program, model)()
+        original_call(program, model)()
 
 
 def _apart(results: Sequence[Any], program: Program) -> tuple[Any, ...]:
@@ -250,67 +242,6 @@ def _apart(results: Sequence[Any], program: Program) -> tuple[Any, ...]:
 
 def _shown(output: OutputError) -> str:
     return "unknown" if output.yardstick is None else f"{output.yardstick:.2e}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _output_name(program: Program, index: int) -> str:
-    signature = program.signature
-    leaves = pytree.tree_unflatten(list(range(len(signature.outputs))), signature.out_spec)
-    for (path, _), place in zip(pytree.tree_flatten_with_path(leaves)[0], signature.outputs, strict=True):
-        if place == index:
-            return f"output{pytree.keystr(path)}"
-    return f"output {index}"
-
-
-def example_call(program: Program) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The example as the model takes it: canonical (args, kwargs), constants included."""
-    tensors = iter(program.inputs)
-    leaves = [next(tensors) if isinstance(i, TensorSpec) else i.value for i in program.signature.inputs]
-    args, kwargs = pytree.tree_unflatten(leaves, program.signature.in_spec)
-    return args, kwargs
-
-
-def _original(program: Program, model: nn.Module | None) -> Callable[[], Any]:
-    if model is None:
-        inputs = clone_inputs(program.inputs)
-        return lambda: program.graph(*inputs)
-    args, kwargs = clone_inputs(example_call(program))
-    return lambda: model(*args, **kwargs)
-
-
-def _graph_order(program: Program, output: Any) -> list[Any]:
-    leaves = pytree.tree_leaves(output)
-    placed: dict[int, Any] = {}
-    for leaf, place in zip(leaves, program.signature.outputs, strict=True):
-        if not isinstance(place, Constant):
-            placed.setdefault(place, leaf)
-    return [placed[i] for i in range(len(placed))]
-
-
-def _plain_in(dtype: torch.dtype, program: Program, model: nn.Module | None, notes: list[str]) -> list[Any] | None:
-    """The outputs of the model cast to `dtype` as users do it by hand (`model.to(dtype)`), or None where that fails."""
-    if model is None:
-        return None
-    cast: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        narrow = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-        cast[id(tensor)] = nn.Parameter(narrow, requires_grad=False) if isinstance(tensor, nn.Parameter) else narrow
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf,
-        clone_inputs(example_call(program)),
-    )
-    try:
-        narrow_model = copy.deepcopy(model, cast)
-        with torch.no_grad(), no_fused_multi_head_attention():
-            return _graph_order(program, narrow_model(*args, **kwargs))
-    except Exception as error:  # noqa: BLE001 - a dtype baked into the model's own code may raise anything
-        notes.append(
-            f"plain PyTorch cannot run this model in {dtype} ({_first_line(error)}); the error has a fixed bound instead"
-        )
-        return None
 
 
 def _tell_non_finite(notes: list[str], program: Program, reference: Sequence[Any]) -> None:
@@ -327,7 +258,7 @@ def _tell_non_finite(notes: list[str], program: Program, reference: Sequence[Any
         if tensor.is_floating_point() and bool(tensor.isnan().any())
     ]
     cause = f"; NaN in the weights {', '.join(weights[:5])}" if weights else ""
-    where = ", ".join(_output_name(program, i) for i in bad)
+    where = ", ".join(output_name(program, i) for i in bad)
     text = f"the original model itself gives NaN or infinity in {where}{cause}"
     notes.append(text)
     warn(text)

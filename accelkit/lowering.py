@@ -242,7 +242,7 @@ def _compile(
     whole = len(stages) == 1 and stages[0].in_engine and all(_computes(r) for r in results) and not state
     if whole:
         say(f"compiling {len(stages[0].nodes)} operators for {name}")
-        piece = builder.build(graph, len(stages[0].nodes), inputs)
+        piece = builder.build(graph, len(stages[0].nodes), inputs, whole=True)
         return Lowered(piece.engine, [piece], refusals, 0, graph)
 
     placeholders = graph.graph.find_nodes(op="placeholder")

@@ -8,7 +8,7 @@ Lowering starts anew whenever operators turn out to stay in PyTorch; the pieces 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,14 +57,17 @@ class PieceBuilder:
         self.given_back: dict[str, dict[str, bytes]] = {}
         self._built: dict[Any, Piece] = {}
 
-    def build(self, graph: fx.GraphModule, operators: int, inputs: Sequence[torch.Tensor]) -> Piece:
-        """The piece; its records are in the ledger."""
+    def build(
+        self, graph: fx.GraphModule, operators: int, inputs: Sequence[torch.Tensor], *, whole: bool = False
+    ) -> Piece:
+        """The piece; its records are in the ledger. `whole`: it is all of the graph, so that its results can be judged."""
         known = tuple((node.name, *(i.name for i in node.all_input_nodes)) for node in graph.graph.nodes)
         if (piece := self._built.get(known)) is not None:
             self.context.records.extend(piece.records)
             return piece
         before = len(self.context.records)
-        engine, origin, key = self.store.build(self.backend, graph, inputs, self.context)
+        context = self.context if whole else replace(self.context, judge=None)
+        engine, origin, key = self.store.build(self.backend, graph, inputs, context)
         piece = Piece(engine, graph, operators, origin, key, tuple(self.context.records[before:]))
         self._built[known] = piece
         return piece

@@ -44,6 +44,7 @@ from accelkit.size_one import without_wrong_ones
 from accelkit.store import open_store
 from accelkit.tensor_hash import each_tensor_read_once
 from accelkit.twin import eval_twin, require_usable
+from accelkit.yardstick import Yardstick, judge_of
 
 
 def optimize(
@@ -229,7 +230,9 @@ class Plan:
             )
         found.notes += [record.meaning.note() for record in found.ledger if record.meaning is not None]
         with self.progress.stage("lowering", found.seconds), torch.no_grad():
-            context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say)
+            yardstick = Yardstick(program, model, self.precision)
+            judge = judge_of(yardstick, graph, found.ledger, self.tolerance)
+            context = CompileContext(self.precision, self.onnx_passes, found.ledger, self.progress.say, judge)
             try:
                 lowered = lower(graph, self.backend, program.inputs, context, self.store)
             except LoweringError:
@@ -238,7 +241,9 @@ class Plan:
         found.pieces = [PieceReport(p.operators, p.origin, p.engine.describe()) for p in lowered.pieces]
         found.refusals, found.torch_operators = lowered.refusals, lowered.torch_operators
         with self.progress.stage("checks", found.seconds):
-            checked = check(program, graph, lowered, model, self.precision, self.tolerance, self.store, found.ledger)
+            checked = check(
+                program, graph, lowered, model, self.precision, self.tolerance, self.store, found.ledger, yardstick
+            )
         _tell(found, checked, str(self.backend))
         return Variant(label, program, lowered, checked.samples, tuple(ranges.measured), source.used)
 

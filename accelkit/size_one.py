@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from accelkit import graph as graphs
 from accelkit.accuracy import relative_error
 from accelkit.capture import Program
-from accelkit.checks import example_call
 from accelkit.options import sizes_of
 from accelkit.twin import clone_inputs, preserved
+from accelkit.yardstick import example_call
 
 
 def without_wrong_ones(program: Program, model: nn.Module) -> tuple[Program, list[str]]:

@@ -11,6 +11,7 @@ import torch
 from test_tensorrt_backend import Machine
 from torch import nn
 
+import accelkit
 from accelkit import Dim, InputError
 from accelkit.accuracy import OutputError
 from accelkit.backend_api import CompileContext
@@ -18,7 +19,8 @@ from accelkit.backends.tensorrt import TensorRT, accumulation, backend, versions
 from accelkit.backends.tensorrt.accumulation import (
     AS_IT_LIKES,
     Level,
-    Yardstick,
+    Part,
+    Whole,
     everything,
     few_rows,
     levels,
@@ -117,6 +119,8 @@ class Fake:
 
 
 class Judge:
+    beside = "plain PyTorch's"
+
     def of(self, results: Sequence[Any]) -> list[OutputError]:
         return [OutputError("y", results[0], 1e-3, 2e-3)]
 
@@ -165,7 +169,7 @@ def test_the_first_that_is_accurate_enough() -> None:
 def test_the_most_accurate_where_none_is_accurate_enough() -> None:
     engine, built = chosen([3.5e-3, 2.4e-3, 2.2e-3, 2.3e-3])
     assert (engine.error, len(built)) == (2.2e-3, 4)
-    assert engine.notes[-1] == "none of these is within 1.8 times plain PyTorch's error: the most accurate was taken"
+    assert engine.notes[-1] == "none of these is within 90% of the error that is allowed: the most accurate was taken"
 
 
 def test_a_level_that_cannot_be_built() -> None:
@@ -203,14 +207,14 @@ def test_what_has_no_float64_form_is_told() -> None:
 
 def test_results_without_fractions_are_not_judged() -> None:
     graph = trace(nn.Softmax(-1), torch.randn(2, 4).half())
-    assert len(Yardstick(graph, [torch.randn(2, 4).half()], FP16).of([torch.rand(2, 4)])) == 1
+    assert len(Part(graph, [torch.randn(2, 4).half()], FP16).of([torch.rand(2, 4)])) == 1
 
     class Largest(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.argmax(-1)
 
     x = torch.randn(2, 4).half()
-    assert Yardstick(trace(Largest(), x), [x], FP16).of([torch.zeros(2, dtype=torch.int64)]) == []
+    assert Part(trace(Largest(), x), [x], FP16).of([torch.zeros(2, dtype=torch.int64)]) == []
 
 
 def test_independent_rows_are_judged_on_the_first() -> None:
@@ -225,7 +229,7 @@ def test_independent_rows_are_judged_on_the_first() -> None:
         few, found = few_rows(graph, [x])
         assert (found, len(few[0])) == (rows, rows or 7)
     assert few_rows(trace(nn.Linear(4, 4), x), [x])[1] is None, "a fixed batch runs as a whole only"
-    yardstick = Yardstick(trace(nn.Linear(4, 4), x, dynamic_shapes=({0: Dim("batch", max=8)},)), [x], FP16)
+    yardstick = Part(trace(nn.Linear(4, 4), x, dynamic_shapes=({0: Dim("batch", max=8)},)), [x], FP16)
     assert yardstick.of([torch.cat([yardstick.plain[0], torch.full((5, 4), 1e3)])])[0].error < 1e-6
 
 
@@ -295,6 +299,36 @@ def test_products_are_told_where_wider_ones_were_taken(
     machine.has("8.6", fp32_unless_told="nor then")
     with pytest.raises(LoweringError, match=r"fp16 was asked for.* \(told to run them in fp16, it did not\)"):
         target.compile(graph, [x], CompileContext(FP16))
+
+
+def test_a_whole_model_is_judged_by_what_the_check_allows(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original in fp16 is the yardstick, not the graph after the passes; nothing is computed twice for it."""
+    from accelkit import yardstick
+
+    machine.has("8.6")
+    calls = []
+    for name in ("reference_outputs", "_plain_in"):
+        compute = getattr(yardstick, name)
+        monkeypatch.setattr(yardstick, name, lambda *given, name=name, do=compute: calls.append(name) or do(*given))
+    monkeypatch.setattr(accumulation, "Part", None)
+    x = torch.randn(2, 5, 32)
+    fast = accelkit.optimize(Mlp().eval(), x, target=TensorRT(cuda_graph=False), precision="fp16", cache=False)
+    assert sorted(calls) == ["_plain_in", "reference_outputs"]
+    variant = fast.report().variants[0]
+    (accuracy,) = variant.accuracy
+    (note,) = [n for p in variant.pieces for n in p.facts.notes if n.startswith("sums as TensorRT likes")]
+    assert accuracy.yardstick is not None
+    times = accuracy.error / accuracy.yardstick
+    assert f"error {accuracy.error:.2e}, {times:.2f} times plain PyTorch's" in note
+    strict = accelkit.optimize(
+        Mlp().eval(), x, target=TensorRT(cuda_graph=False), precision="fp16", cache=False, tolerance=1e-2
+    )
+    assert len(strict.report().variants[0].pieces) == 1
+
+
+def test_results_that_are_integers_do_not_count_for_the_whole() -> None:
+    errors = [OutputError("y", 0.1, None, 1.0), OutputError("i", 1.0, None, 0.0)]
+    assert Whole(lambda results: errors).of([torch.rand(2), torch.ones(2, dtype=torch.int64)]) == errors[:1]
 
 
 def test_other_precisions_are_not_judged(machine: Machine) -> None:

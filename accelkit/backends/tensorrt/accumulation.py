@@ -1,11 +1,13 @@
 """What fp16 products are summed in: as TensorRT likes where that is accurate enough, else the longest sums in float32.
 
     as it likes  ->  sums of more than 2048 terms  ->  layers that widen or narrow  ->  all linear layers
-    the first engine whose error is within 1.8 times that of plain PyTorch in the same precision is taken
+    the first engine whose error is within 90 % of what is allowed is taken: 1.8 times that of plain PyTorch
 
 TensorRT 8.6 sums fp16 products in fp16 on GPUs where that is as fast, and its error grows with the number of terms; PyTorch
-sums in float32. The bound that accelkit holds every result to is twice plain PyTorch's error (accelkit.accuracy). Where no
-engine keeps it, the one with the smallest error is taken, and optimize()'s own check decides.
+sums in float32. The bound that accelkit holds every result to is twice the error of the original model in plain PyTorch
+(accelkit.accuracy), or `tolerance`; an engine of the whole graph is judged by that very bound (`Whole`), one of a part by the same
+part in plain PyTorch (`Part`). Where no engine keeps it, the one with the smallest error is taken, and optimize()'s own
+check decides.
 """
 
 from __future__ import annotations
@@ -82,8 +84,37 @@ def everything(products: Sequence[Product]) -> Level:
     return Level("sums of all linear layers in float32", tuple(p.node for p in products))
 
 
-class Yardstick:
-    """How far results are from float64, beside plain PyTorch in the graph's own precision.
+class Judge(Protocol):
+    """What says how far results are from float64."""
+
+    beside: str
+    """What the error is compared with, for the report."""
+
+    def of(self, results: Sequence[Any]) -> list[OutputError]:
+        """Of an engine's results on the whole example; those that are no numbers with a fraction do not count."""
+        ...
+
+
+class Whole:
+    """The judge of a whole graph: what optimize()'s own check will find, computed once for both.
+
+    Args:
+        judge: the context's (backend_api.CompileContext).
+    """
+
+    beside = "plain PyTorch's"
+
+    def __init__(self, judge: Callable[[Sequence[Any]], list[OutputError]]) -> None:
+        self.judge = judge
+
+    def of(self, results: Sequence[Any]) -> list[OutputError]:
+        return [f for f, r in zip(self.judge(results), results, strict=True) if torch.is_floating_point(r)]
+
+
+class Part:
+    """The judge of a part of a graph: beside the same part in plain PyTorch, in the part's own precision.
+
+    What the part's error makes of the whole model's is not known, so that the bound is optimize()'s, taken of the part.
 
     Args:
         graph: an accelkit graph. inputs: an example.
@@ -92,6 +123,8 @@ class Yardstick:
     Raises:
         RuntimeError, NotImplementedError, TypeError: an operator has no float64 form, or the GPU has no memory for it.
     """
+
+    beside = "this part's in plain PyTorch"
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], precision: Precision) -> None:
         few, self.rows = few_rows(graph, inputs)
@@ -132,7 +165,7 @@ def _copied(value: Any) -> Any:
 def most_accurate(
     tries: Sequence[Level],
     build: Callable[[Level], E],
-    yardstick: Callable[[], Yardstick],
+    yardstick: Callable[[], Judge],
     inputs: Sequence[torch.Tensor],
     seconds: Callable[[E], float],
     first: int = 0,
@@ -152,16 +185,17 @@ def most_accurate(
         LoweringError: the first level cannot be built.
     """
     best, place = build(tries[first]), first
+    results = best(*inputs)
     try:
         judge = yardstick()
+        found = judge.of(results)
     except (RuntimeError, NotImplementedError, TypeError) as failure:
         best.note(f"what fp16 products are summed in was not judged: {_first_line(failure)}")
         return best, place
-    found = judge.of(best(*inputs))
     if not found:
         return best, place
     said = [f"{AS_IT_LIKES.words}: not tried, a part of the same structure was not accurate enough so"] if first else []
-    said.append(_told(tries[first], found, best, inputs, seconds))
+    said.append(_told(tries[first], found, judge.beside, best, inputs, seconds))
     error = share(found)
     for later in range(first + 1, len(tries)):
         if error <= MARGIN:
@@ -173,12 +207,12 @@ def most_accurate(
             said.append(f"{level.words}: not built ({_first_line(failure)})")
             continue
         found = judge.of(engine(*inputs))
-        said.append(_told(level, found, engine, inputs, seconds))
+        said.append(_told(level, found, judge.beside, engine, inputs, seconds))
         if share(found) < error:
             best, place, error = engine, later, share(found)
         del engine  # its memory, before the next one is built
     if error > MARGIN:
-        said.append("none of these is within 1.8 times plain PyTorch's error: the most accurate was taken")
+        said.append(f"none of these is within {MARGIN:.0%} of the error that is allowed: the most accurate was taken")
     best.note(*said)
     return best, place
 
@@ -197,6 +231,7 @@ def _share(one: OutputError) -> float:
 def _told(
     level: Level,
     errors: Sequence[OutputError],
+    than: str,
     engine: E,
     inputs: Sequence[torch.Tensor],
     seconds: Callable[[E], float],
@@ -205,7 +240,7 @@ def _told(
     device = next((t.device for t in inputs), torch.device("cpu"))
     timing = interleaved({"": lambda: engine(*inputs)}, seconds=_TIMED_SECONDS, device=device)[""]
     count = f" ({len(level.nodes)})" if level.nodes else ""
-    beside = f", {worst.error / worst.yardstick:.2f} times plain PyTorch's" if worst.yardstick else ""
+    beside = f", {worst.error / worst.yardstick:.2f} times {than}" if worst.yardstick else ""
     built = f"{timing.median_ms:.3g} ms, built in {seconds(engine):.3g} s"
     return f"{level.words}{count}: error {worst.error:.2e}{beside}, {built}"
 

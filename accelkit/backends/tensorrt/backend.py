@@ -20,7 +20,8 @@ from accelkit.backends.tensorrt.accumulation import (
     ACCUMULATE,
     AS_IT_LIKES,
     Level,
-    Yardstick,
+    Part,
+    Whole,
     everything,
     levels,
     most_accurate,
@@ -200,11 +201,15 @@ class TensorRT(Backend):
         products = linear_products(network.model)
         if self.accumulate == "fp32":
             return build(everything(products))
-        yardstick = functools.partial(Yardstick, graph, inputs, as_precision("fp16"))
+        whole = context.judge
+        judge = functools.partial(Part, graph, inputs, as_precision("fp16")) if whole is None else lambda: Whole(whole)
         part, tries = (str(tensorrt.__version__), structure(network.model)), list(levels(products))
-        engine, _NEEDED[part] = most_accurate(
-            tries, build, yardstick, inputs, lambda e: e.manifest.seconds.get("total", 0.0), _NEEDED.get(part, 0)
+        first = _NEEDED.get(part, 0) if whole is None else 0  # the layers of a model repeat, whole models do not
+        engine, needed = most_accurate(
+            tries, build, judge, inputs, lambda e: e.manifest.seconds.get("total", 0.0), first
         )
+        if whole is None:
+            _NEEDED[part] = needed
         return engine
 
     def _compiled(
