@@ -61,7 +61,9 @@ class Program:
         return exported
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None) -> Program:
+def capture(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None, *, dropout: bool = False
+) -> Program:
     """Capture `model` for a call with these arguments.
 
     Args:
@@ -69,12 +71,16 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         args, kwargs: an example call.
         dynamic_shapes: per input (by the name of forward's parameter, or in their order) and dimension, a Dim:
             `{"input_ids": {0: Dim("batch", max=64)}}`. Dimensions that are not named are fixed to the example's sizes.
+        dropout: capture what training runs, dropout included, but for batch norms, which stay as in eval mode.
 
     Raises:
         InputError: arguments or dynamic_shapes that do not fit the model's forward.
         CaptureError: torch.export refuses the model; the message says where and why.
     """
     twin = eval_twin(require_usable(model))
+    if dropout:
+        for module in twin.modules():
+            module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
     binder = Binder.of(twin)
     args, kwargs = clone_inputs(binder.bind(args, kwargs))  # the caller may go on to change the example
     dims = dims_by_leaf(binder, args, kwargs, dynamic_shapes)

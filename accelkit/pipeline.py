@@ -39,6 +39,7 @@ from accelkit.precision import Int8, Precision, as_precision, needs_calibration
 from accelkit.progress import Progress
 from accelkit.quantization import Calibration as Seen
 from accelkit.quantization.collect import Source
+from accelkit.quantization.qat import unwrapped
 from accelkit.report import PieceReport, Report, VariantReport
 from accelkit.size_one import without_wrong_ones
 from accelkit.store import open_store
@@ -278,6 +279,7 @@ def make_plan(
     device: str | None = None,
 ) -> Plan:
     """Check and resolve `optimize()`'s arguments, without running anything of the model."""
+    model, precision, calibration = unwrapped(model, precision, calibration)
     require_usable(model)
     wanted = as_precision(precision)
     backend = resolve_backend(target, wanted, device or device_type(model))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from accelkit.quantization.calibration import Calibration
 from accelkit.quantization.calibrators import MSE, Calibrator, Entropy, Max, Percentile, as_calibrator
+from accelkit.quantization.distillation import distillation_loss
 from accelkit.quantization.histogram import Histogram
+from accelkit.quantization.qat import QatModel, prepare_qat
 from accelkit.quantization.schemes import SCHEMES, Scheme, scheme_named
 
 __all__ = [
@@ -19,7 +21,10 @@ __all__ = [
     "Histogram",
     "Max",
     "Percentile",
+    "QatModel",
     "Scheme",
     "as_calibrator",
+    "distillation_loss",
+    "prepare_qat",
     "scheme_named",
 ]

@@ -32,6 +32,13 @@ OBSERVED = QUANTISERS - {"weight", "layernorm_input", "local_input", "final_inpu
 """What `Calibration.collect` observes: all that some scheme quantises by what was seen (a final layer's input is an input)."""
 
 
+def layers_digest(sites: Sequence[Site]) -> str:
+    """SHA-256 of the sites' names, operators and weights' shapes: of a calibration that holds while the weights are trained."""
+    shapes = [list(graphs.val(w).shape) if isinstance(w := site.bound.get("weight"), fx.Node) else "" for site in sites]
+    lines = [f"{site.name} {site.node.target} {shape}" for site, shape in zip(sites, shapes, strict=True)]
+    return "layers " + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def model_digest(graph: fx.GraphModule, sites: Sequence[Site]) -> str:
     """SHA-256 of the sites' names, operators and weights: the same for every batch size, scheme and target."""
     from accelkit.tensor_hash import contents
@@ -65,6 +72,7 @@ class Source:
     used: Calibration | None = None
     seconds: float = 0.0
     _digest: str = ""
+    _layers: str = ""
     _channels: dict[str, torch.Tensor] = field(default_factory=dict)
     _alpha: float | None = None
 
@@ -78,7 +86,8 @@ class Source:
         found = graph.meta.pop(KEY, None)
         if not isinstance(found, Source):
             return None
-        found._digest = model_digest(graph, find_sites(graph))
+        sites = find_sites(graph)
+        found._digest, found._layers = model_digest(graph, sites), layers_digest(sites)
         return found
 
     def told(self) -> str:
@@ -125,7 +134,7 @@ class Source:
     def _require(self) -> None:
         if self.known is None and self.batches is None:
             raise InputError("needs calibration data")
-        if self.known is not None and self.known.model != self._digest:
+        if self.known is not None and self.known.model not in (self._digest, self._layers):
             raise InputError(
                 "the calibration is of another model, or of other weights or passes, than the one that is being quantised: "
                 "collect it again (Calibration.collect(model, batches))"
