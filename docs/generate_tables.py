@@ -25,11 +25,13 @@ else:
 
 sys.path.append(str(Path(__file__).resolve().parent))  # tests load this file by its path
 import gpu_page
+import int8_page
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 GPU_DOCUMENT = ROOT / "docs" / "benchmarks-gpu.md"
 OPERATORS_DOCUMENT = ROOT / "docs" / "fused-operators.md"
+INT8_DOCUMENT = ROOT / "docs" / "quantisation-accuracy.md"
 PYPROJECT = ROOT / "pyproject.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 KERNEL_RESULTS = "kernel_choices.json"
@@ -177,6 +179,11 @@ def gpu_document() -> str:
     return gpu_page.document(RESULTS, markdown_table)
 
 
+def int8_document() -> str:
+    """The sections of docs/quantisation-accuracy.md."""
+    return int8_page.document(RESULTS, markdown_table)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "targets": targets,
     "passes": passes,
@@ -186,7 +193,13 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 GPU_TABLES: dict[str, Callable[[], str]] = {"gpu-document": gpu_document}
 OPERATORS_TABLES: dict[str, Callable[[], str]] = {"operators": operators, "kernels": kernels}
-DOCUMENTS = {README: TABLES, GPU_DOCUMENT: GPU_TABLES, OPERATORS_DOCUMENT: OPERATORS_TABLES}
+INT8_TABLES: dict[str, Callable[[], str]] = {"int8-accuracy": int8_document}
+DOCUMENTS = {
+    README: TABLES,
+    GPU_DOCUMENT: GPU_TABLES,
+    OPERATORS_DOCUMENT: OPERATORS_TABLES,
+    INT8_DOCUMENT: INT8_TABLES,
+}
 """Each file with tables, and those that have to stand in it."""
 
 
