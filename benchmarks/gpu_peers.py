@@ -77,6 +77,7 @@ class Peer:
         wide: whether it is measured in fp32 and tf32 too.
         sparse: whether it attends to the experiment's pattern only, and so computes another model.
         slow: whether it takes long to build: then it is built after the others.
+        risky: whether it may end the process: then it is measured after all the others, whose rows are written by then.
     """
 
     label: str
@@ -85,6 +86,7 @@ class Peer:
     wide: bool = False
     sparse: bool = False
     slow: bool = False
+    risky: bool = False
 
 
 def run(model: Callable[..., Any], inputs: Inputs) -> Call:
@@ -130,14 +132,23 @@ def _recorded(call: Call, device: str) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # other threads (TensorRT has some) may use CUDA meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         output = call()
+    return Recorded(graph, output, call)
 
-    def replay() -> Any:
-        graph.replay()
-        return output
 
-    return replay
+@dataclass(frozen=True)
+class Recorded:
+    """A replay. The recording holds addresses only: the kernels and the memory behind them are `call`'s, and go with it."""
+
+    graph: Any
+    output: Any
+    call: Call
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.output
 
 
 def in_cuda_graph(build: Callable[[Case], Call]) -> Callable[[Case], Call]:
@@ -278,6 +289,7 @@ PEERS: dict[str, Peer] = {
         in_cuda_graph(tensorrt("torchscript")),
         default=False,
         slow=True,
+        risky=True,
     ),
     "tensorrt-torchscript-half": Peer(
         "TensorRT by hand, TorchScript export of the fp16 model",

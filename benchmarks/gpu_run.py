@@ -33,6 +33,8 @@ from accelkit.models import Inputs
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("triton", "transformers", "xformers", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt")
 NO_TIME = "the run's time budget"
+ENDED = "the process ended while this was built or run"
+BASE = "eager"
 Clock = Callable[[Mapping[str, Call], argparse.Namespace], dict[str, Timing]]
 
 
@@ -140,11 +142,34 @@ class Run:
         return self.experiment.pattern(image.shape[-1] // 16)
 
     def write(self) -> Path:
-        """Measure every batch size, writing what there is after each."""
+        """Measure every batch size, writing what there is after each; then the candidates that may end the process."""
         for batch in self.batches:
             self.rows += self.measure(batch)
             path = self._write()
+        for batch in self.batches:
+            before = self.rows
+            lost = [
+                {**_row(batch, precision, key), "failure": ENDED}
+                for precision in self.precisions
+                for key in self.peers(precision, risky=True)
+            ]
+            if lost:
+                self._keep([*before, *lost])
+                self._keep([*before, *self.measure(batch, risky=True)])
         return path
+
+    def _keep(self, rows: list[dict[str, Any]]) -> None:
+        known = list(self.experiment.peers)
+
+        def place(row: dict[str, Any]) -> tuple[int, int, int]:
+            return (
+                self.batches.index(row["batch"]),
+                self.precisions.index(row["precision"]),
+                known.index(row["candidate"]),
+            )
+
+        self.rows = sorted(rows, key=place)
+        self._write()
 
     def _write(self) -> Path:
         if self.options.part:
@@ -164,18 +189,18 @@ class Run:
         name = parts.file_name(e.name, options)
         return write_results(name, self.rows, options.output, packages=PACKAGES, **gpu_title, **facts)
 
-    def peers(self, precision: str) -> dict[str, Peer]:
-        """Those of the run in a precision; a peer that was asked for by name has every precision."""
+    def peers(self, precision: str, risky: bool = False) -> dict[str, Peer]:
+        """Those of the run in a precision, risky or not; a peer that was asked for by name has every precision."""
         known, given = self.experiment.peers, self.options.peers or []
         named = [key for key in given if not key.startswith("+")]
         added = [key[1:] for key in given if key.startswith("+")]
         wide = DTYPES[precision] is torch.float32
         usual = {k for k, p in known.items() if p.default and (p.wide or not wide)}
         chosen = set(named) if named else usual
-        return {key: peer for key, peer in known.items() if key in chosen or key in added}
+        return {key: peer for key, peer in known.items() if (key in chosen or key in added) and peer.risky == risky}
 
-    def measure(self, batch: int) -> list[dict[str, Any]]:
-        """All candidates of all precisions at one batch size."""
+    def measure(self, batch: int, risky: bool = False) -> list[dict[str, Any]]:
+        """All candidates of all precisions at one batch size; the risky ones beside the base, whose own row is there already."""
         with torch.no_grad(), by_hand.quiet(), _stream(self.options):
             inputs = _moved(self.spec.make_inputs(batch), self.options.device)
             kept = _kept_tokens(inputs)
@@ -185,11 +210,10 @@ class Run:
             for precision in self.precisions:
                 row_of_all = self._floor(inputs, kept, precision)
                 case = self._case(inputs, precision)
-                chosen = self.peers(precision)
-                rows |= {
-                    f"{key} {precision}": {"batch": batch, "precision": precision, "candidate": key, "failure": None}
-                    for key in chosen
-                }
+                chosen = self.peers(precision, risky)
+                if risky and chosen:
+                    chosen |= {key: peer for key, peer in self.peers(precision).items() if key == BASE}
+                rows |= {f"{key} {precision}": _row(batch, precision, key) for key in chosen}
                 for key, peer in sorted(chosen.items(), key=lambda item: item[1].slow):  # a spent budget costs the slow
                     name = f"{key} {precision}"
                     row = rows[name]
@@ -201,7 +225,7 @@ class Run:
             self._time({name: calls[name] for name in rows if name in calls}, rows, batch)
             calls.clear()
         self._clean()
-        return list(rows.values())
+        return [row for row in rows.values() if not (risky and row["candidate"] == BASE)]
 
     def _case(self, inputs: Inputs, precision: str) -> Case:
         _, narrow = by_hand.cast(torch.nn.Identity(), inputs, DTYPES[precision])
@@ -271,7 +295,7 @@ class Run:
         for name, timing in timings.items():
             row = rows[name]
             row |= {**timing.to_json(), "items_per_second": round(batch * 1e3 / timing.median_ms, 3)}
-            plain = timings.get(f"eager {row['precision']}")
+            plain = timings.get(f"{BASE} {row['precision']}")
             row["speedup"] = None if plain is None else round(plain.median_ms / timing.median_ms, 4)
             row["share_of_floor"] = round(row["floor_ms"] / timing.median_ms, 4) if "floor_ms" in row else None
 
@@ -286,6 +310,10 @@ class Run:
 
     def _say(self, text: str) -> None:
         print(f"{self.experiment.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _row(batch: int, precision: str, key: str) -> dict[str, Any]:
+    return {"batch": batch, "precision": precision, "candidate": key, "failure": None}
 
 
 def error(outputs: Sequence[torch.Tensor], truth: Sequence[torch.Tensor], kept: torch.Tensor | None) -> float:

@@ -27,6 +27,7 @@ from accelkit.models import Inputs
 
 OPSET = 17
 """The newest that TensorRT 8.6 is documented for."""
+KEPT_BYTES = 4 * 2**30
 OUTSIDE = {
     "CUBLAS": ("libcublas.so.12", "cublasGetCudartVersion"),
     "CUBLAS_LT": ("libcublasLt.so.12", "cublasLtGetCudartVersion"),
@@ -225,11 +226,11 @@ _PLANS: dict[Any, Plan] = {}
 
 
 def plan_of(case: Any, exporter: str, half: bool) -> Plan:
-    """Export, parse and build; the last plan of each kind is kept for the candidate that only runs it otherwise."""
+    """Export, parse and build; plans are kept for the candidate that only runs them otherwise, at the end of a run."""
     shapes = tuple((name, tuple(t.shape), t.dtype) for name, t in zip(*names_of(case.inputs)[:2], strict=True))
     key = (id(case.model), case.precision, shapes)
-    for old in [k for k in _PLANS if k[0] != key]:
-        del _PLANS[old]
+    while sum(plan.bytes for plan in _PLANS.values()) > KEPT_BYTES:
+        del _PLANS[next(iter(_PLANS))]
     if (key, exporter, half) not in _PLANS:
         trt = library()
         typed = half or not hasattr(trt.BuilderFlag, "FP16")

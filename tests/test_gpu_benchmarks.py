@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +91,63 @@ def test_failures_while_building_and_timing_and_a_spent_budget_are_rows(tmp_path
     assert run.main([experiment(peers.PEERS["eager"])], "", [*given, "--budget", "0"]) != 0
     (late,) = results(tmp_path, "name")["rows"]
     assert late["failure"] == "the run's time budget of 0 s was used up"
+
+
+def test_a_candidate_that_ends_the_process_takes_no_rows_along(tmp_path: Path) -> None:
+    run, peers = load("gpu_run"), load("gpu_peers")
+    good = peers.PEERS["eager"]
+
+    def ends(case: Any) -> Any:
+        raise KeyboardInterrupt
+
+    def of(build: Any) -> Any:
+        candidates = {"risky": peers.Peer("risky", build, wide=True, risky=True), "eager": good}
+        return run.Experiment("name", "title", "encoder-block", (1, 2), (1, 2), ("fp32",), candidates)
+
+    given = [*TINY, "--batch", "1,2", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        run.main([of(ends)], "", given)
+    rows = results(tmp_path, "name")["rows"]
+    assert [(r["batch"], r["candidate"], r["failure"]) for r in rows] == [
+        (1, "risky", run.ENDED), (1, "eager", None), (2, "eager", None),
+    ]  # fmt: skip
+    assert all("median_ms" in r for r in rows if r["candidate"] == "eager")
+    assert run.main([of(peers.eager)], "", given) == 0
+    rows = results(tmp_path, "name")["rows"]
+    assert [(r["batch"], r["candidate"], r["failure"]) for r in rows] == [
+        (b, c, None) for b in (1, 2) for c in ("risky", "eager")
+    ]
+    assert all(r["speedup"] is not None for r in rows)
+
+
+def test_a_recording_keeps_what_its_kernels_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An execution context that was collected took its memory along, and the engine its kernels: the replay crashed."""
+    peers = load("gpu_peers")
+    asked: dict[str, Any] = {}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+
+    def capturing(graph: Any, **options: Any) -> Any:
+        asked.update(options)
+        return nullcontext()
+
+    for name, value in (
+        ("Stream", lambda: stream), ("current_stream", lambda: stream), ("stream", lambda one: nullcontext()),
+        ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)), ("graph", capturing),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    class Context:
+        def __call__(self) -> str:
+            return "output"
+
+    context = Context()
+    kept = weakref.ref(context)
+    made = peers._recorded(context, "cuda")
+    del context
+    gc.collect()
+    assert kept() is not None
+    assert made() == "output"
+    assert asked == {"stream": stream, "capture_error_mode": "thread_local"}
 
 
 def test_peers_of_a_run(tmp_path: Path) -> None:
