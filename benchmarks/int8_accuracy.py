@@ -48,6 +48,8 @@ CALIBRATORS: dict[str, Calibrator] = {
 }
 DEFAULT = "percentile 99.99"
 """Goals are of this one, Int8's default, not of whichever came out best."""
+KEPT = 3
+"""Layers that a further row of each scheme leaves in float32: those of the least signal-to-noise ratio."""
 TRAINED, EPOCHS, RATE = "ft2", 5, 5e-3
 """Of quantisation-aware training; the rate is not tuned."""
 
@@ -63,10 +65,28 @@ def rows_of(task: Task, target: str, schemes: Sequence[str], calibrators: Sequen
             precision = Int8(scheme) if name is None else Int8(scheme, CALIBRATORS[name])
             rows.append({"scheme": scheme, "calibrator": name, **measured(task, target, precision, calibration)})
             print(summary(rows[-1]), flush=True)
+    for scheme in schemes:
+        rows += with_kept(task, target, scheme, rows, calibration)
     if task.distil is not None and {TRAINED} <= set(schemes) and {DEFAULT} <= set(calibrators):
         rows.append({"scheme": f"qat {TRAINED}", "calibrator": DEFAULT, **trained(task, target, calibration)})
         print(summary(rows[-1]), flush=True)
     return rows
+
+
+def with_kept(
+    task: Task, target: str, scheme: str, rows: Sequence[dict[str, Any]], calibration: Calibration
+) -> list[dict[str, Any]]:
+    """The scheme's row with the calibrator that lost least, again with its noisiest layers left in float32."""
+    found = [r for r in rows if r["scheme"] == scheme and r["calibrator"] and not r["failure"]]
+    if not found:
+        return []
+    best = min(found, key=lambda r: float(r["relative_error"]))
+    noisiest = sorted(best["layers"], key=lambda layer: float(best["layers"][layer]))[:KEPT]
+    precision = Int8(scheme, CALIBRATORS[best["calibrator"]], keep=tuple(noisiest))
+    names = {"scheme": f"{scheme}, {KEPT} layers kept", "calibrator": best["calibrator"], "kept": noisiest}
+    row = {**names, **measured(task, target, precision, calibration)}
+    print(summary(row), flush=True)
+    return [row]
 
 
 def trained(task: Task, target: str, calibration: Calibration) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def digits(settings: digits_vit.Settings | None = None) -> Task:
     )
 
 
-def minilm(count: int = 192) -> Task:
+def minilm(count: int = 64) -> Task:
     """all-MiniLM-L6-v2 with mean pooling; calibrated on sentences of the Python manual, measured on others and the demo's.
 
     Args:
