@@ -11,6 +11,7 @@ from accelkit.quantization.distillation import distillation_loss
 from accelkit.quantization.histogram import Histogram
 from accelkit.quantization.qat import QatModel, prepare_qat
 from accelkit.quantization.schemes import SCHEMES, Scheme, scheme_named
+from accelkit.quantization.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 
 __all__ = [
     "MSE",
@@ -19,12 +20,15 @@ __all__ = [
     "Calibrator",
     "Entropy",
     "Histogram",
+    "LayerSensitivity",
     "Max",
     "Percentile",
     "QatModel",
     "Scheme",
+    "Sensitivity",
     "as_calibrator",
     "distillation_loss",
     "prepare_qat",
     "scheme_named",
+    "sensitivity",
 ]

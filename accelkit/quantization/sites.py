@@ -58,9 +58,19 @@ class Site:
         return graphs.bound_arguments(self.node) or {}
 
     def matches(self, pattern: str) -> bool:
-        """Whether an fnmatch pattern names the site: by its name, its node, its operator, or a module it lies in."""
+        """Whether an fnmatch pattern names the site: by its name, its node, its operator, or a module it lies in.
+
+        `encoder.layer.0.attention` is all that lies in this module, `encoder.layer.0.attention:attention` its products alone.
+        """
         full = str(self.node.target)
-        names = [self.name, self.node.name, full, full.rpartition(".")[0], *_module_paths(self.node)]
+        names = [
+            self.name,
+            f"{self.name}:{self.kind}",
+            self.node.name,
+            full,
+            full.rpartition(".")[0],
+            *_module_paths(self.node),
+        ]
         return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 

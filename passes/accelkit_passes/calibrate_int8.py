@@ -41,12 +41,14 @@ class CalibrateInt8(GraphPass):
 
     Attributes:
         precision: an Int8 value; "int8" is its defaults.
+        only: names of the layers to quantise, no patterns; None: all that the scheme does.
 
     Raises:
         InputError: no calibration where the scheme needs one, or one that does not fit.
     """
 
     precision: str | Int8 = "int8"
+    only: tuple[str, ...] | None = None
 
     calibrates: ClassVar[bool] = True
 
@@ -65,13 +67,20 @@ class CalibrateInt8(GraphPass):
             return result
         if precision.takes_calibration and source is None:
             raise InputError(f"{precision} needs calibration data: optimize(..., calibration=batches)")
-        _Quantiser(graph, precision, result, source).run()
+        _Quantiser(graph, precision, result, source, self.only).run()
         return result
 
 
 class _Quantiser:
-    def __init__(self, graph: fx.GraphModule, precision: Int8, result: PassResult, source: Source | None) -> None:
-        self.graph, self.precision, self.result, self.source = graph, precision, result, source
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        precision: Int8,
+        result: PassResult,
+        source: Source | None,
+        only: tuple[str, ...] | None,
+    ) -> None:
+        self.graph, self.precision, self.result, self.source, self.only = graph, precision, result, source, only
         self.scheme: Scheme = precision.table
         self.family = family_of(graph) if precision.family == "auto" else precision.family
         self.on = self.scheme.on(self.family)
@@ -112,6 +121,8 @@ class _Quantiser:
                 self.result.refused(site.name, f"kept in float32 by {kept!r}")
             elif reason := site.refusal or self._left_out(site):
                 self.result.refused(site.name, reason)
+            elif self.only is not None and site.name not in self.only:
+                self.result.refused(site.name, "not among `only`")
             else:
                 taken.append(site)
         for pattern in self.precision.keep:
