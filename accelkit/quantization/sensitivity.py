@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +184,7 @@ def sensitivity(
     from accelkit.pipeline import copy_graph
     from accelkit.precision import Int8, as_precision
     from accelkit.progress import Progress
+    from accelkit.quantization.partial_runs import Runs
     from accelkit.quantization.qat import unwrapped
     from accelkit.quantization.sites import find_sites
     from accelkit.tensor_hash import each_tensor_read_once
@@ -224,7 +225,7 @@ def sensitivity(
         for number, group in enumerate(groups, 1):
             shown.say(f"layer {number} of {len(groups)}")
             variants.append(_quantised(graph, dataclasses.replace(quantise, only=group), calibration)[0])  # type: ignore[type-var]
-        runs = _Runs(graph, variants)
+        runs = Runs(graph, variants)
         errors: list[list[float]] = [[] for _ in variants]
         given = as_calibration([example_inputs] if batches is None else batches)
         for inputs in given.through(program, program, {}):
@@ -311,89 +312,6 @@ def _shared(names: Sequence[str]) -> str:
     parts = [name.split(".") for name in names]
     common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))
     return ".".join(level[0] for level in common)
-
-
-class _Runs:
-    """All variants of a graph on the same inputs; what comes before a variant's first change is computed once."""
-
-    def __init__(self, graph: fx.GraphModule, variants: Sequence[fx.GraphModule]) -> None:
-        self.graph, self.variants = graph, variants
-        self.laid_out = graphs.laid_out(graph)
-        # a value that is written to is not what it was when a later variant reads it
-        self.whole_only = bool(graphs.written_roots(graph.graph))
-        order = [node.name for node in graph.graph.nodes]
-        described = {node.name: _described(node) for node in graph.graph.nodes}
-        self.starts: dict[str, list[int]] = {}
-        for number, variant in enumerate(variants):
-            same = {n.name for n in variant.graph.nodes if _described(n) == described.get(n.name)}
-            start = next(
-                name for name in order if name not in same and described[name][0] not in ("get_attr", "placeholder")
-            )
-            self.starts.setdefault(start, []).append(number)
-
-    def of(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[int, Sequence[Any], Sequence[Any]]]:
-        """(number of the variant, its outputs, the float32 outputs)."""
-        from accelkit.twin import clone_inputs, preserved
-
-        if self.whole_only:
-            outputs = []
-            for one in (self.graph, *self.variants):
-                with preserved(one):
-                    outputs.append(one(*self.laid_out(clone_inputs(tuple(inputs)))))
-            for number, results in enumerate(outputs[1:]):
-                yield number, results, outputs[0]
-            return
-        given = tuple(self.laid_out(inputs))
-        found: list[tuple[int, Sequence[Any]]] = []
-        base = _Walk(self.graph, given)
-        for node in self.graph.graph.nodes:
-            for number in self.starts.get(node.name, ()):
-                found.append((number, _Walk(self.variants[number], given, base).to_the_end()))
-            base.step(node)
-        for number, results in found:
-            yield number, results, base.outputs
-
-
-class _Walk:
-    """One run of a graph, node by node; it may go on from where a run of a graph with the same first nodes is."""
-
-    def __init__(self, graph: fx.GraphModule, given: Sequence[torch.Tensor], behind: _Walk | None = None) -> None:
-        self.graph = graph
-        self.values: dict[str, Any] = {} if behind is None else dict(behind.values)
-        self.done: set[str] = set() if behind is None else set(behind.done)
-        self.outputs: Sequence[Any] = ()
-        self._given = iter(given) if behind is None else iter(())
-        self._last = {used: node for node in graph.graph.nodes for used in node.all_input_nodes}
-
-    def to_the_end(self) -> Sequence[Any]:
-        for node in self.graph.graph.nodes:
-            if node.name not in self.done:
-                self.step(node)
-        return self.outputs
-
-    def step(self, node: fx.Node) -> None:
-        self.done.add(node.name)
-        if node.op == "placeholder":
-            self.values[node.name] = next(self._given)
-        elif node.op == "get_attr":
-            return  # looked up where it is read
-        elif node.op == "output":
-            self.outputs = fx.node.map_arg(tuple(node.args[0]), self._value)  # type: ignore[arg-type]
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._value)
-            target: Any = node.target
-            self.values[node.name] = target(*args, **kwargs)
-        for used in node.all_input_nodes:
-            if self._last[used] is node:
-                self.values.pop(used.name, None)
-
-    def _value(self, node: fx.Node) -> Any:
-        return graphs.attribute(self.graph, str(node.target)) if node.op == "get_attr" else self.values[node.name]
-
-
-def _described(node: fx.Node) -> Any:
-    """What a node computes, in terms of the names of what it reads."""
-    return node.op, str(node.target), str(node.args), str(node.kwargs)
 
 
 __all__ = ["LayerSensitivity", "Sensitivity", "sensitivity"]
