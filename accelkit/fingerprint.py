@@ -46,7 +46,7 @@ def graph_fingerprint(graph: fx.GraphModule, embeds_weights: bool, embeds_below_
 
     Operators with their schemas, all arguments, dtypes, shapes and strides (symbols by their order of appearance, with
     their ranges), names, dtypes and shapes of attributes and which of them share memory; the values of all integer and
-    boolean tensors and of floating-point ones under `embeds_below_bytes`; with `embeds_weights`, those of all tensors.
+    boolean tensors and of floating-point and int8 ones under `embeds_below_bytes`; with `embeds_weights`, those of all tensors.
     Names of nodes do not count.
     """
     writer = _Writer(sys.maxsize if embeds_weights else embeds_below_bytes)
@@ -131,7 +131,8 @@ class _Writer:
     def _tensor(self, tensor: torch.Tensor) -> str:
         # The text that describes a real tensor; its values are queued where they count.
         text = f"{tensor.dtype} {tensor.device} {list(tensor.shape)} {strides(tensor)}"
-        exact = not (tensor.is_floating_point() or tensor.is_complex())
+        # int8 is what quantised weights are: weights like floating-point ones
+        exact = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.int8)
         if exact or tensor.numel() * tensor.element_size() < self.below_bytes:
             self.tensors.append(tensor)
             return f"{text} values {len(self.tensors)}"

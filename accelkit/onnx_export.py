@@ -3,11 +3,11 @@
     fx graph --weights become inputs--> ExportedProgram --torch.onnx.export--> ModelProto
        --inputs become initializers--> small ModelProto
 
-The weights travel beside the model: each floating-point tensor of EXTERNAL_BYTES or more is an initializer
+The weights travel beside the model: each floating-point or int8 tensor of EXTERNAL_BYTES or more is an initializer
 `@<attribute>` with external data at a place that does not exist, and whoever runs the model supplies the live tensor
 (`external_weights`). While the exporter and its optimiser run, weights are plain inputs, so no value of theirs can be
 folded into the graph: one model serves every set of weights, and models above protobuf's 2 GB limit are small.
-Integer and boolean tensors, and small floating-point ones, are part of the model: shapes, indices and tables that the
+Other integer and boolean tensors, and small floating-point ones, are part of the model: shapes, indices and tables that the
 graph's meaning depends on.
 """
 
@@ -49,8 +49,9 @@ _EXPORTING = threading.Lock()  # torch.onnx keeps "an export is going on" in a g
 
 
 def is_external(tensor: torch.Tensor, external_bytes: int = EXTERNAL_BYTES) -> bool:
-    """Whether a graph's tensor stays outside the ONNX model."""
-    return tensor.is_floating_point() and tensor.nbytes >= external_bytes
+    """Whether a graph's tensor stays outside the ONNX model: weights, quantised ones (int8) included."""
+    weight = tensor.is_floating_point() or tensor.dtype is torch.int8
+    return weight and tensor.nbytes >= external_bytes
 
 
 def initializer_name(target: str) -> str:

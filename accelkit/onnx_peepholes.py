@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from accelkit.onnx_integer_products import integer_products
 from accelkit.onnx_weights import all_nodes
 
 if TYPE_CHECKING:
@@ -27,8 +28,15 @@ CPU_TYPES = (1,)
 CUDA_TYPES = (1, 10, 16)
 
 
-def for_onnxruntime(model: onnx.ModelProto, types: tuple[int, ...] = CPU_TYPES) -> None:
-    """All of them, in place; `types`: of the weights that FusedMatMul has kernels for."""
+def for_onnxruntime(model: onnx.ModelProto, types: tuple[int, ...] = CPU_TYPES, integers: bool = False) -> None:
+    """All of them, in place.
+
+    Args:
+        types: of the weights that FusedMatMul has kernels for.
+        integers: whether products of quantised values become products of integers (accelkit.onnx_integer_products).
+    """
+    if integers:
+        integer_products(model)
     fused = multiply_transposed(model, types) + add_bias_in_norm(model)
     drop_unread_results(model)
     if fused and all(entry.domain != "com.microsoft" for entry in model.opset_import):

@@ -4,8 +4,8 @@
     2. select(reshape(linear(x, W, b), [..., 3, heads, width]), -3, i)   ->  reshape(linear(x, W[i], b[i]), [..., heads, width])
 
 Kernels that take the pieces of a packed product as they lie gain by the larger product. ONNX operators take whole tensors:
-each piece would be a copy of [batch, length, width]. The weights' pieces are views of the merged weight. All readers of
-the product must be such pieces, else it stays whole.
+each piece would be a copy of [batch, length, width]. The weights' pieces are views of the merged weight (of a
+quantised one: of its integers and scales). All readers of the product must be such pieces, else it stays whole.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 from torch import fx
 
 from accelkit import graph as graphs
@@ -21,6 +22,10 @@ from accelkit.pass_runner import fake_mode_of
 
 aten = torch.ops.aten
 _RESHAPES = (aten.reshape.default, aten.view.default)
+_DEQUANTIZE = (
+    torch.ops.quantized_decomposed.dequantize_per_tensor.default,
+    torch.ops.quantized_decomposed.dequantize_per_channel.default,
+)
 
 
 class _Piece(NamedTuple):
@@ -47,7 +52,7 @@ def split_linears(graph: fx.GraphModule) -> fx.GraphModule:
 
 def _pieces(node: fx.Node) -> list[_Piece] | None:
     """The product's readers, where all are pieces of it and its weights are attributes."""
-    if node.target is not aten.linear.default or not all(a.op == "get_attr" for a in node.all_input_nodes[1:]):
+    if node.target is not aten.linear.default or not all(map(_is_constant, node.all_input_nodes[1:])):
         return None
     if node.args[0] in node.all_input_nodes[1:]:
         return None
@@ -60,6 +65,15 @@ def _pieces(node: fx.Node) -> list[_Piece] | None:
         pieces += found
     whole = len(pieces) == 1 and pieces[0].stop - pieces[0].start == columns
     return None if whole or not pieces else pieces
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether the node is an attribute, or one that is dequantised: [rows, ...] with one scale a row, or one for all."""
+    return node.op == "get_attr" or bool(
+        node.target in _DEQUANTIZE
+        and all(i.op == "get_attr" for i in node.all_input_nodes)
+        and (node.target is _DEQUANTIZE[0] or (node.args[2] is None and node.args[3] == 0))
+    )
 
 
 def _sliced(user: fx.Node, columns: int, rank: int) -> list[_Piece] | None:
@@ -124,6 +138,10 @@ def size_of(graph: fx.GraphModule, node: fx.Node, dim: int) -> int | fx.Node:
 
 
 def _rows(graph: fx.GraphModule, weight: fx.Node, start: int, stop: int) -> fx.Node:
+    if weight.op != "get_attr":
+        given = [_rows(graph, a, start, stop) if isinstance(a, fx.Node) else a for a in weight.args]
+        assert isinstance(weight.target, torch._ops.OpOverload)
+        return call(graph, weight.target, tuple(given))
     tensor = graphs.attribute(graph, str(weight.target))[start:stop].detach()
     name = graphs.set_attribute(graph, f"{weight.target}_rows_{start}", tensor)
     node = graph.graph.get_attr(name)

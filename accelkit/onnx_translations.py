@@ -1,6 +1,7 @@
 """ONNX forms of operators where the exporter's own are wrong or slower: `translations(dialect)`, by operator overload.
 
     scaled_dot_product_attention -> MatMul, Softmax, MatMul, and zeros for a row that sees nothing
+    quantized_decomposed.* -> QuantizeLinear, DequantizeLinear: see accelkit.onnx_quantized
     accelkit.* (fused operators) -> ONNX operators, or ONNX Runtime's own: see accelkit.onnx_fused, accelkit.onnx_microsoft
 
 The exporter (onnxscript's torchlib) replaces a false mask entry by the smallest number instead of minus infinity: a
@@ -31,12 +32,13 @@ def translations(dialect: str = "standard") -> Translations:
     """ONNX forms by operator overload, as `torch.onnx.export(custom_translation_table=...)` takes them."""
     from accelkit.onnx_fused import STANDARD
     from accelkit.onnx_microsoft import MICROSOFT
+    from accelkit.onnx_quantized import QUANTIZED
 
     table = MICROSOFT if dialect == "com.microsoft" else STANDARD
     overloads: dict[Callable[..., Any], Callable[..., Any]] = {
         getattr(torch.ops.accelkit, name).default: form for name, form in table.items()
     }
-    return {aten.scaled_dot_product_attention.default: scaled_dot_product_attention} | overloads
+    return {aten.scaled_dot_product_attention.default: scaled_dot_product_attention} | QUANTIZED | overloads
 
 
 def scaled_dot_product_attention(

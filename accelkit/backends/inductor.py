@@ -28,6 +28,12 @@ from torch import fx, nn
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 from accelkit.backends.eager import own_memory, result_type, shared_outputs
+from accelkit.backends.inductor_int8 import (
+    in_inductors_forms,
+    inputs_that_sums_read,
+    integer_products_made,
+    quantised_layers,
+)  # fmt: skip
 from accelkit.errors import BackendUnavailableError, LoweringError, warn
 
 _COMPILING = threading.Lock()  # freezing is a global setting of torch's
@@ -51,7 +57,8 @@ class Inductor(Backend):
     options: tuple[tuple[str, Any], ...] = ()
 
     name: ClassVar[str] = "inductor"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16", "int8")
+    int8_activations: ClassVar[str | None] = "u8"
     devices: ClassVar[tuple[str, ...]] = ("cpu",)
     embeds_weights: ClassVar[bool] = True
     description: ClassVar[str] = "torch.compile's Inductor with frozen weights"
@@ -89,7 +96,7 @@ class Inductor(Backend):
         if (why := self.unavailable()) is not None:
             raise BackendUnavailableError(f"target {self.name}: {why}")
         context.progress("generating code")
-        return InductorEngine(graph, inputs, self)
+        return InductorEngine(in_inductors_forms(graph), inputs, self)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -115,12 +122,22 @@ class InductorEngine(Engine):
         self._compiled: dict[tuple[bool, ...], Callable[..., Sequence[torch.Tensor]]] = {}
         self._warned = False
         self._frozen, self._unfrozen_because = backend.freezing, ""
-        for example in self._examples([t.detach().contiguous() for t in inputs]):
+        self._quantised, self._integers = quantised_layers(self._graph), 0
+        self._cloned = inputs_that_sums_read(self._graph)
+        examples = [t.detach().contiguous() for t in inputs]
+        for example in self._examples([t.clone() if i in self._cloned else t for i, t in enumerate(examples)]):
             self._compile(example)
+        if self._quantised and not self._integers:
+            raise LoweringError(
+                f"Inductor makes integer products of none of the {self._quantised} quantised layers: that needs freezing=True and "
+                "PyTorch with oneDNN on an x86 CPU"
+            )
 
     def __call__(self, *inputs: torch.Tensor) -> Sequence[torch.Tensor]:
         with torch.no_grad():
             prepared = [t.detach().contiguous() if t.requires_grad or not t.is_contiguous() else t for t in inputs]
+            for i in self._cloned:
+                prepared[i] = prepared[i].clone() if prepared[i].data_ptr() == inputs[i].data_ptr() else prepared[i]
             run = self._compiled.get(tuple([prepared[i].shape[d] <= 1 for i, d in self._dynamic]))
             if run is None:
                 self._ran_in_pytorch()
@@ -130,7 +147,13 @@ class InductorEngine(Engine):
 
     def describe(self) -> EngineFacts:
         types = Counter(result_type(node) for node in self._graph.graph.nodes if node.op == "call_function")
+        precisions = {name: count for name, count in types.items() if name is not None}
         notes = []
+        if self._quantised:
+            precisions["int8"] = self._integers
+            notes.append(
+                f"{self._integers} of {self._quantised} quantised layers are oneDNN's products of 8-bit integers"
+            )
         if self._dynamic:
             notes.append(
                 f"compiled for {len(self._compiled)} case(s); sizes that Inductor specialised against run in PyTorch"
@@ -145,7 +168,7 @@ class InductorEngine(Engine):
         return EngineFacts(
             backend=self._backend.name,
             versions=self._backend.versions(),
-            precisions={name: count for name, count in types.items() if name is not None},
+            precisions=precisions,
             memory_bytes=sum(weights.values()) if self._frozen else 0,
             notes=tuple(notes),
         )
@@ -214,7 +237,11 @@ class InductorEngine(Engine):
                 module.forward, fullgraph=True, dynamic=None if self._dynamic else False,
                 options={"guard_filter_fn": _shape_guards_only},
             )  # fmt: skip
+            before = integer_products_made()
             compiled(*inputs)
+            # of the graph that fewest were found in, where it is compiled for several sizes
+            made = integer_products_made() - before
+            self._integers = min(made, self._integers) if self._integers else made
 
 
 def _noticing(graph: fx.GraphModule, notice: Callable[[], None]) -> fx.GraphModule:

@@ -128,9 +128,8 @@ class Editor:
                 grid = (float(scales), 0, -128, 127, torch.int8)
                 return self.call(quantized.dequantize_per_tensor.default, values, *grid)
             scale = self._constant(f"{weight.target}_scale", scales)
-            zeros = self._constant(f"{weight.target}_zero_point", torch.zeros_like(scales, dtype=torch.int64))
             return self.call(
-                quantized.dequantize_per_channel.default, values, scale, zeros, 0, -128, 127, torch.int8
+                quantized.dequantize_per_channel.default, values, scale, None, 0, -128, 127, torch.int8
             )  # fmt: skip
 
     def call(self, target: Any, *args: Any) -> fx.Node:

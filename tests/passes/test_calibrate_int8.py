@@ -75,12 +75,12 @@ def test_golden() -> None:
             f"%0: u8[2, 4] = quantized_decomposed.quantize_per_tensor(%x, 0.007843137718737125, 127, 0, 255, {u8})",
             f"%1: f32[2, 4] = quantized_decomposed.dequantize_per_tensor(%0, 0.007843137718737125, 127, 0, 255, {u8})",
             "%2: f32[8, 4] = quantized_decomposed.dequantize_per_channel("
-            f"%first_weight_int8, %first_weight_scale, %first_weight_zero_point, 0, -128, 127, {i8})",
+            f"%first_weight_int8, %first_weight_scale, None, 0, -128, 127, {i8})",
             "%3: f32[2, 8] = accelkit.linear_activation(%1, %2, %first.bias, relu)",
             f"%4: u8[2, 8] = quantized_decomposed.quantize_per_tensor(%3, 0.012379145249724388, 0, 0, 255, {u8})",
             f"%5: f32[2, 8] = quantized_decomposed.dequantize_per_tensor(%4, 0.012379145249724388, 0, 0, 255, {u8})",
             "%6: f32[2, 8] = quantized_decomposed.dequantize_per_channel("
-            f"%second_weight_int8, %second_weight_scale, %second_weight_zero_point, 0, -128, 127, {i8})",
+            f"%second_weight_int8, %second_weight_scale, None, 0, -128, 127, {i8})",
             "%7: f32[2, 2] = aten.linear(%5, %6, %second.bias)",
             "return (%7)",
         )

@@ -51,9 +51,9 @@ class PostNorm(nn.Module):
 
 
 class Vit(nn.Module):
-    def __init__(self, causal: bool = False) -> None:
+    def __init__(self, causal: bool = False, layers: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(PreNorm(causal) for _ in range(2))
+        self.layers = nn.ModuleList(PreNorm(causal) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -65,10 +65,10 @@ class Vit(nn.Module):
 class Bert(nn.Module):
     """Gets the lengths of its rows, and masks what is behind them."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int = 2) -> None:
         super().__init__()
         self.words, self.norm = nn.Embedding(50, WIDTH), nn.LayerNorm(WIDTH)
-        self.layers, self.pooler = nn.ModuleList(PostNorm() for _ in range(2)), nn.Linear(WIDTH, WIDTH)
+        self.layers, self.pooler = nn.ModuleList(PostNorm() for _ in range(layers)), nn.Linear(WIDTH, WIDTH)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         seen = mask[:, None, None, :].bool()
@@ -84,11 +84,11 @@ def vit(**options: Any) -> tuple[Vit, list[torch.Tensor]]:
     return Vit(**options).eval(), [torch.randn(2, 9, WIDTH) for _ in range(4)]
 
 
-def bert() -> tuple[Bert, list[tuple[torch.Tensor, torch.Tensor]]]:
+def bert(**options: Any) -> tuple[Bert, list[tuple[torch.Tensor, torch.Tensor]]]:
     torch.manual_seed(0)
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         mask = (torch.arange(9) < torch.randint(4, 10, (2, 1))).long()
         return torch.randint(0, 50, (2, 9)), mask
 
-    return Bert().eval(), [batch() for _ in range(4)]
+    return Bert(**options).eval(), [batch() for _ in range(4)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import operator
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import fx
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 from accelkit.backends.onnxruntime.engine import BLOB, OnnxRuntimeEngine
+from accelkit.backends.onnxruntime.rounded import float_convolutions, quantised_products
 from accelkit.backends.onnxruntime.session import LEVELS, PROVIDERS, Place, create_session
 from accelkit.culprits import culprits
 from accelkit.errors import BackendUnavailableError, InputError, LoweringError
@@ -65,7 +67,8 @@ class OnnxRuntime(Backend):
     provider_options: tuple[tuple[str, str], ...] = ()
 
     name: ClassVar[str] = "onnxruntime"
-    precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16")
+    precisions: ClassVar[tuple[str, ...]] = ("fp32", "tf32", "bf16", "fp16", "int8")
+    int8_activations: ClassVar[str | None] = "u8"
     devices: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     embeds_weights: ClassVar[bool] = False
     fused_operators: ClassVar[frozenset[str]] = frozenset(MICROSOFT)
@@ -85,7 +88,7 @@ class OnnxRuntime(Backend):
 
     @classmethod
     def precisions_on(cls, device: str) -> tuple[str, ...]:
-        return ("fp32",) if device == "cpu" else cls.precisions
+        return ("fp32", "int8") if device == "cpu" else tuple(name for name in cls.precisions if name != "int8")
 
     def unavailable(self) -> str | None:
         missing = [p for p in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(p) is None]
@@ -141,7 +144,7 @@ class OnnxRuntime(Backend):
         return True
 
     def compile(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext) -> Engine:
-        provider, graph = self._provider(graph), split_linears(graph)
+        provider, graph, floats = self._prepared(graph)
         context.progress("exporting to ONNX")
         try:
             model = export_onnx(graph, opset=self.opset, dialect=self.dialect)
@@ -150,11 +153,12 @@ class OnnxRuntime(Backend):
         if context.onnx_passes:
             model, records = run_onnx_passes(model, context.onnx_passes, lambda one: context.progress(str(one)))
             context.records.extend(records)
-        for_onnxruntime(model, _MULTIPLIED[provider])
+        for_onnxruntime(model, _MULTIPLIED[provider], integers=provider == "cpu")
+        self._require_integers(model, graph)
         context.progress("creating the ONNX Runtime session")
         try:
             data = model.SerializeToString(deterministic=True)
-            engine = self._engine(data, model, graph, inputs, provider, context)
+            engine = self._engine(data, model, graph, inputs, provider, context, floats)
             engine(*inputs)  # some kernels refuse their types or shapes at the first run only
         except LoweringError as error:
             raise self._naming_culprits(graph, error, provider) from error
@@ -163,7 +167,7 @@ class OnnxRuntime(Backend):
     def load(
         self, blobs: Mapping[str, bytes], graph: fx.GraphModule, inputs: Sequence[torch.Tensor], context: CompileContext
     ) -> Engine:
-        provider, graph = self._provider(graph), split_linears(graph)
+        provider, graph, floats = self._prepared(graph)
         import onnx
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -176,7 +180,22 @@ class OnnxRuntime(Backend):
         expected = [str(n.name) for n in graph.graph.find_nodes(op="placeholder")]
         if [i.name for i in model.graph.input] != expected:
             raise LoweringError(f"the stored {BLOB} has inputs {[i.name for i in model.graph.input]}, not {expected}")
-        return self._engine(blobs[BLOB], model, graph, inputs, provider, context)
+        return self._engine(blobs[BLOB], model, graph, inputs, provider, context, floats)
+
+    def _prepared(self, graph: fx.GraphModule) -> tuple[str, fx.GraphModule, list[str]]:
+        """The provider, the graph as it is exported, and the names of convolutions that are not quantised in it."""
+        provider = self._provider(graph)
+        graph, floats = float_convolutions(graph)
+        return provider, split_linears(graph), floats
+
+    def _require_integers(self, model: onnx.ModelProto, graph: fx.GraphModule) -> None:
+        """Products that the graph quantises run on integers, or that is an error."""
+        wanted = quantised_products(graph)
+        if wanted and not (got := integer_operators(model)):
+            raise LoweringError(
+                f"ONNX Runtime would run none of the {len(wanted)} quantised products ({', '.join(wanted[:3])}, ...) on integers: "
+                f"its CPU kernels multiply uint8 activations, precision=Int8(activations='u8'); {got} do"
+            )
 
     def _provider(self, graph: fx.GraphModule) -> str:
         """`cpu` or `cuda`, by where the graph's inputs and weights are."""
@@ -193,7 +212,7 @@ class OnnxRuntime(Backend):
 
     def _engine(
         self, data: bytes, model: onnx.ModelProto, graph: fx.GraphModule, inputs: Sequence[torch.Tensor], provider: str,
-        context: CompileContext,
+        context: CompileContext, floats: Sequence[str] = (),
     ) -> OnnxRuntimeEngine:  # fmt: skip
         weights = external_weights(model, graph)
         place = _place(provider, inputs, context)
@@ -209,6 +228,18 @@ class OnnxRuntime(Backend):
             f"{len(model.graph.node)} ONNX operators before ONNX Runtime's own fusions",
             "weights are copied or prepacked when the session is created",
         ]
+        if integers := integer_operators(model):
+            precisions["int8"] = integers
+            wanted = len(quantised_products(graph))
+            notes.append(
+                f"{integers} products of 8-bit integers; the graph quantises {wanted} and {len(floats)} convolution(s)"
+            )
+            if _saturates():
+                notes.append(
+                    "this CPU has no VNNI: sums of two 8-bit products may saturate at 16 bits, which costs accuracy"
+                )
+        if floats:
+            notes.append(f"convolutions run in float32, with rounded weights: {', '.join(floats[:5])}")
         if self.cuda_graph and provider == "cuda":
             notes.append(f"no CUDA graph: {uncaptured}" if uncaptured else "the example's shapes run as one CUDA graph")
         facts = EngineFacts(
@@ -250,7 +281,7 @@ class OnnxRuntime(Backend):
         def attempt(part: fx.GraphModule) -> str | None:
             try:
                 model = export_onnx(part, opset=self.opset, dialect=self.dialect)
-                for_onnxruntime(model, _MULTIPLIED[provider])
+                for_onnxruntime(model, _MULTIPLIED[provider], integers=provider == "cpu")
                 place = _place(provider, (), CompileContext())
                 create_session(model.SerializeToString(), {}, replace(self, cuda_graph=False), place)
             except LoweringError as failure:
@@ -260,6 +291,20 @@ class OnnxRuntime(Backend):
         return LoweringError(str(error), culprits(graph, attempt))
 
 
+def integer_operators(model: onnx.ModelProto) -> int:
+    """Operators of the model that multiply 8-bit integers."""
+    return sum(node.op_type in _INTEGER_PRODUCTS for node in model.graph.node)
+
+
+def _saturates() -> bool:
+    """Whether the kernels for uint8 times int8 add pairs of products in 16 bits (AVX2 and AVX-512 without VNNI)."""
+    try:
+        return platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_vnni_supported()
+    except AttributeError:  # a PyTorch that cannot tell
+        return False
+
+
+_INTEGER_PRODUCTS = ("MatMulIntegerToFloat", "DynamicQuantizeMatMul")
 _MULTIPLIED = {"cpu": CPU_TYPES, "cuda": CUDA_TYPES}
 
 
