@@ -180,6 +180,43 @@ def test_randomness_that_is_no_dropout_is_told() -> None:
     assert len(qat.without_dropout) == 1
 
 
+def test_dropout_beside_the_value_itself_is_told() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.drop = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.relu(self.first(x))
+            return self.second(self.drop(y)) + y
+
+    x = torch.randn(4, 8)
+    with pytest.warns(accelkit.AccelkitWarning, match="its input is also read as it is"):
+        qat = prepare_qat(Both().eval(), x, calibration=[x]).train()
+    assert torch.equal(qat(x), qat(x))
+
+
+def test_dropout_in_a_wrong_place_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelkit.quantization import dropouts
+
+    right = dropouts._found
+
+    def wrong(graph, wanted, inputs):
+        found = right(graph, wanted, inputs)
+        return dict(zip(found, reversed(found.values()), strict=True))
+
+    monkeypatch.setattr(dropouts, "_found", wrong)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(0.5)
+    ).eval()
+    x = torch.randn(4, 8)
+    with pytest.warns(accelkit.AccelkitWarning, match="is not where the model has it"):
+        qat = prepare_qat(model, x, calibration=[x]).train()
+    assert len(qat.without_dropout) == 2
+    assert torch.equal(qat(x), qat(x))
+
+
 def test_ranges_observed_in_the_first_steps() -> None:
     model, batches = vit()
     qat = prepare_qat(model, batches[0], Int8("ft2"), observe=2).train()
