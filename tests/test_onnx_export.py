@@ -125,6 +125,21 @@ def test_hidden_weights_come_back() -> None:
     assert [i.name for i in exported.graph.input] == inputs
 
 
+def test_one_exports_translations_are_no_others() -> None:
+    """The exporter's table of operators is read once a process here (conftest.py), and each export has its own copy."""
+
+    def abs_instead(x: object) -> object:
+        from onnxscript import opset18
+
+        return opset18.Abs(x)
+
+    graph = trace(nn.ReLU(), torch.randn(2, 3))
+    found = []
+    for translations in ({}, {torch.ops.aten.relu.default: abs_instead}, {}):
+        found.append([n.op_type for n in export_onnx(graph, translations=translations).graph.node])
+    assert found == [["Relu"], ["Abs"], ["Relu"]]
+
+
 def test_operators_without_an_onnx_form_are_named() -> None:
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
