@@ -62,7 +62,12 @@ class Program:
 
 
 def capture(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any = None, *, dropout: bool = False
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any = None,
+    *,
+    dropout: bool = False,
 ) -> Program:
     """Capture `model` for a call with these arguments.
 

@@ -28,7 +28,7 @@ from torch import fx, nn
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
 from accelkit.backends.eager import own_memory, result_type, shared_outputs
-from accelkit.backends.inductor_int8 import (
+from accelkit.backends._inductor_int8 import (
     in_inductors_forms,
     inputs_that_sums_read,
     integer_products_made,
