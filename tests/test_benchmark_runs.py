@@ -252,7 +252,7 @@ def test_exports_by_hand_are_the_model(name: str, exporter: str, tmp_path: Path)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-@pytest.mark.parametrize("version", ["8.6", "10.16", "11.4"])
+@pytest.mark.parametrize("version", ["8.6", pytest.param("10.16", marks=pytest.mark.exhaustive), "11.4"])
 @torch.no_grad()
 def test_an_engine_by_hand_uses_only_what_the_version_has(
     version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,9 @@ import pytest
 from accelkit.backends.tensorrt.building import stop_workers
 from accelkit.backends.tensorrt.job import BuildJob
 
+VERSIONS = ("8.6", pytest.param("10.16", marks=pytest.mark.exhaustive), "11.4")
+"""Where 10 takes the same way as 11, every run goes it once; test_tensorrt_versions and _build always have all three."""
+
 
 def small_job(folder: Path) -> BuildJob:
     """A small network in a file with its weights beside it: x [batch, 4] -> relu(x w) [batch, 5]."""

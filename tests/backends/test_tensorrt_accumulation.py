@@ -8,6 +8,7 @@ from typing import Any
 import fake_tensorrt
 import pytest
 import torch
+from tensorrt_jobs import VERSIONS
 from test_tensorrt_backend import Machine
 from torch import nn
 
@@ -236,7 +237,7 @@ def test_independent_rows_are_judged_on_the_first() -> None:
 # --- through the target
 
 
-@pytest.mark.parametrize("version", fake_tensorrt.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_float32_sums_as_each_version_has_them(machine: Machine, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.has(version)
     jobs = []

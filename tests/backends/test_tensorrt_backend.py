@@ -11,6 +11,7 @@ import fake_tensorrt
 import pytest
 import test_tensorrt_engine as engine_tests
 import torch
+from tensorrt_jobs import VERSIONS
 from torch import nn
 
 import accelkit
@@ -77,7 +78,7 @@ def example(batch: int = 2, length: int = 3) -> tuple[torch.Tensor, torch.Tensor
 QUIET = TensorRT(cuda_graph=False)
 
 
-@pytest.mark.parametrize("version", fake_tensorrt.VERSIONS)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_model_with_a_dynamic_batch(machine: Machine, version: str) -> None:
     machine.has(version)
     model = Model().eval()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from fake_tensorrt_engine import MAGIC
 from planted import in_threads
+from tensorrt_jobs import VERSIONS
 from torch import fx, nn
 
 from accelkit import Dim, InputError, LoweringError
@@ -88,7 +89,7 @@ def on_stream(number: int) -> Iterator[None]:
         STATE.stream = 7
 
 
-@pytest.fixture(params=fake_tensorrt.VERSIONS)
+@pytest.fixture(params=VERSIONS)
 def trt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = fake_tensorrt.load(request.param)
     monkeypatch.setattr(library, "loaded", lambda: module)
