@@ -27,13 +27,13 @@ from torch import fx, nn
 
 from accelkit import graph as graphs
 from accelkit.backend_api import Backend, CompileContext, Engine, EngineFacts
-from accelkit.backends.eager import own_memory, result_type, shared_outputs
 from accelkit.backends._inductor_int8 import (
     in_inductors_forms,
     inputs_that_sums_read,
     integer_products_made,
     quantised_layers,
 )  # fmt: skip
+from accelkit.backends.eager import own_memory, result_type, shared_outputs
 from accelkit.errors import BackendUnavailableError, LoweringError, warn
 
 _COMPILING = threading.Lock()  # freezing is a global setting of torch's
