@@ -42,7 +42,7 @@ def test_one_calibration_serves_every_scheme_and_calibrator(tmp_path: Path) -> N
 
 
 def test_the_same_batches_give_the_same_file(tmp_path: Path) -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     files = []
     for order in (batches, batches[::-1], DataLoader(torch.cat(batches), batch_size=2)):
         stream = io.BytesIO()
@@ -52,7 +52,7 @@ def test_the_same_batches_give_the_same_file(tmp_path: Path) -> None:
 
 
 def test_other_batch_sizes_with_dynamic_shapes() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     shapes = {"x": {0: Dim("batch", min=1, max=16)}}
     loader = DataLoader(torch.cat(batches), batch_size=3)  # 8 rows: the last batch has 2
     seen = Calibration.collect(model, loader, dynamic_shapes=shapes, progress=False)
@@ -66,13 +66,13 @@ def test_other_batch_sizes_with_dynamic_shapes() -> None:
 
 
 def test_of_another_model_is_refused() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     seen = Calibration.collect(model, iter(batches), progress=False)
     assert seen.batches == 4
     torch.manual_seed(1)
     with pytest.raises(InputError, match="of another model, or of other weights"):
-        int8(type(model)().eval(), batches[0], seen)
-    other, ids = bert()
+        int8(type(model)(layers=1).eval(), batches[0], seen)
+    other, ids = bert(layers=1)
     with pytest.raises(InputError, match="of another model"):
         int8(other, ids[0], seen)
     with pytest.raises(InputError, match=r"collected with smooth=None, the precision has smooth=0\.5"):
@@ -82,7 +82,7 @@ def test_of_another_model_is_refused() -> None:
 
 
 def test_of_another_scheme_says_how_to_serve_all() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     built_by = int8(model, batches[0], batches).calibration
     with pytest.raises(InputError, match=r"collected for another scheme; collect it with Calibration\.collect"):
         int8(model, batches[0], built_by, Int8("ft1"))
@@ -134,7 +134,7 @@ def test_a_layer_that_saw_only_zeros() -> None:
 
 
 def test_smoothing_goes_through_the_batches_twice() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     with pytest.raises(InputError, match="goes through calibration twice"):
         int8(model, batches[0], iter(batches), Int8(smooth=0.5))
     with pytest.raises(InputError, match="goes through the batches twice"):
@@ -154,7 +154,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 def test_a_layer_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    model, batches = vit()
+    model, batches = vit(layers=1)
     seen = Calibration.collect(model, batches, progress=False)
     figure = seen.plot("head.input", tmp_path / "head.png", MSE())
     assert (tmp_path / "head.png").stat().st_size > 1000

@@ -48,7 +48,7 @@ def test_report_tells_layers_emulation_and_batches() -> None:
 
 
 def test_an_engine_twice_as_wrong_as_the_emulation_is_refused() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     exact = model(batches[0])
 
     def off(by: float) -> Int8Planted:
@@ -75,7 +75,7 @@ def test_a_mistake_of_an_earlier_pass_is_not_taken_for_rounding() -> None:
                 result.rewrote(node)
             return result
 
-    model, batches = vit()
+    model, batches = vit(layers=1)
     with pytest.raises(
         AccuracyError, match=r"the passes before calibrate_int8.* compute something else than the model"
     ):
@@ -106,7 +106,7 @@ def test_signal_to_noise_is_of_powers() -> None:
 
 
 def test_saved_and_loaded_without_the_calibration_inputs(tmp_path: Path) -> None:
-    model, batches = bert()
+    model, batches = bert(layers=1)
     fast = int8(model, batches[0], batches, Int8("ft2", Max(), keep="layers.0.up"))
     fast.save(tmp_path / "model.accel")
     again = accelkit.load(tmp_path / "model.accel", cache=False)
@@ -132,7 +132,7 @@ def test_refit_calibrates_anew() -> None:
 
 
 def test_buckets_are_calibrated_each() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     fast = int8(
         model, batches[0], batches, dynamic_shapes={"x": {0: accelkit.Dim("batch", max=8)}}, buckets={"batch": (1, 2)}
     )
@@ -142,7 +142,7 @@ def test_buckets_are_calibrated_each() -> None:
 
 
 def test_what_cannot_be_int8() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     with pytest.raises(InputError, match=r"'planted' has no int8.*int8 is had by: .*eager"):
         int8(model, batches[0], batches, target=Planted())
     with pytest.raises(InputError, match="fp8 is had by: no installed target"):
@@ -168,7 +168,7 @@ def test_the_targets_choice_of_activations() -> None:
     class Signed(Int8Planted):
         int8_activations = "s8"
 
-    model, batches = vit()
+    model, batches = vit(layers=1)
     signed, unsigned = Signed(), Int8Planted()
     for backend, dtype in ((signed, torch.int8), (unsigned, torch.uint8)):
         int8(model, batches[0], batches, target=backend)
@@ -180,7 +180,7 @@ def test_the_targets_choice_of_activations() -> None:
 
 
 def test_the_model_stays_as_it_was() -> None:
-    model, batches = vit()
+    model, batches = vit(layers=1)
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     int8(model, batches[0], batches, Int8(smooth=0.5))
