@@ -57,7 +57,7 @@ def test_options() -> None:
         OnnxRuntime(dialect="plain")
     with pytest.raises(InputError, match="known are auto, cpu, cuda"):
         OnnxRuntime(provider="gpu")
-    assert OnnxRuntime.precisions_on("cpu") == ("fp32",)
+    assert OnnxRuntime.precisions_on("cpu") == ("fp32", "int8")
     assert {"fp32", "tf32", "bf16", "fp16"} <= set(OnnxRuntime.precisions_on("cuda"))
 
 

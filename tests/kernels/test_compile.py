@@ -8,7 +8,11 @@ import sys
 
 import pytest
 
-pytest.importorskip("triton", reason="the kernels need Triton")
+triton = pytest.importorskip("triton", reason="the kernels need Triton")
+# Gluon's language changes between versions; the kernels in it are written for 3.6, and passed over where a Triton refuses them.
+pytestmark = pytest.mark.skipif(
+    not triton.__version__.startswith("3.6."), reason="Gluon kernels are written for Triton 3.6"
+)
 
 PROGRAM = '''
 import triton
