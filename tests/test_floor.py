@@ -122,6 +122,9 @@ def test_the_larger_of_two_times() -> None:
     measured = Rates({"fp16": 736.0}, 4.25)
     compute = floor_of(Work(3.55e12, 1e9), measured, "fp16")
     assert (compute.ms, compute.bound) == (pytest.approx(4.82, rel=1e-3), "operations")
+    assert compute.reached(0.9 * compute.ms).startswith(
+        "not known: the model ran faster than 3.55 TFLOP at 736 TFLOP/s"
+    )
     assert compute.reached(6.7) == "4.82 ms (3.55 TFLOP at 736 TFLOP/s measured), reached 72 %"
     memory = floor_of(Work(1e9, 171e6), measured, "fp16")
     assert memory.bound == "bytes"
