@@ -86,7 +86,8 @@ class Floor:
             sets = f"{_scaled(self.work.bytes, 'B')} at {_scaled(1e12 * self.copy_tb_s, 'B')}/s"
         more = f"; not counted: {', '.join(self.work.uncounted)}" if self.work.uncounted else ""
         if self.ms > 1.05 * ms:  # nothing runs faster than the machine: its rate was measured while it was busy
-            return f"not known: the model ran faster than {sets}, measured while the machine was busy; delete rates/ in the cache folder"
+            advice = "delete rates/ in the cache folder to measure again"
+            return f"not known: the model ran faster than {sets}, measured while the machine was busy; {advice}"
         return f"{self.ms:.3g} ms ({sets} measured{more}), reached {100 * self.ms / ms:.2g} %"
 
     def to_json(self) -> dict[str, Any]:
