@@ -28,7 +28,7 @@ SIZES = {"cuda": 8192, "cpu": 1024}
 """Rows, columns and inner size of the matrix product."""
 COPY_BYTES = {"cuda": 2**28, "cpu": 2**27}
 """What the copy reads; it writes as much. Beyond what caches hold."""
-_FORMAT = 1
+_FORMAT = 2
 _LOCK = threading.Lock()
 _KNOWN: dict[tuple[str, str], Rates | None] = {}
 

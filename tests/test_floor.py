@@ -169,7 +169,7 @@ def test_measured_once_and_kept(measurements: list[Any], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", ["", "{}", '{"format": 1, "rates": {"fp32": {"tflops": {"fp32": 0}}}}', '{"format": 9}']
+    "damage", ["", "{}", '{"format": 2, "rates": {"fp32": {"tflops": {"fp32": 0}}}}', '{"format": 9}']
 )
 def test_a_damaged_file_is_measured_anew(measurements: list[Any], folder: Path, damage: str) -> None:
     rates_of(CPU, "fp32")
